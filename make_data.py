@@ -55,12 +55,12 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Write a file beside its place and rename it into it when the block ends.
 
     Yields:
-        A path of the same ending, in the same folder, to write to. Where the block
+        A path in the same folder whose name ends the same, to write to. Where the block
         fails, it is removed and the old file stays whole.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         yield temporary
         os.replace(temporary, path)

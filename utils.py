@@ -1,0 +1,560 @@
+"""What both scripts share: command line, run folder, training, figures, report."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import json
+import os
+import platform
+import re
+import shlex
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+@contextlib.contextmanager
+def _without_start_up_notes() -> Iterator[None]:
+    """Hold back what TensorFlow's C++ code prints while it loads, unless it fails.
+
+    No setting turns these lines off, and an error of ours has to be the one line on
+    standard error.
+    """
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as held_back:
+        standard_error = os.dup(2)
+        os.dup2(held_back.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held_back.seek(0)
+            os.write(standard_error, held_back.read())
+            raise
+        finally:
+            os.dup2(standard_error, 2)
+            os.close(standard_error)
+
+
+os.environ["KERAS_BACKEND"] = "tensorflow"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+with _without_start_up_notes():
+    import keras
+    import tensorflow as tf
+
+import matplotlib  # noqa: E402
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+
+from make_data import describe_source, ensure_data, replacing  # noqa: E402
+from read_MNIST_M import DataError, Split  # noqa: E402
+
+FIGURES = "figures"
+REPORT = "report.md"
+QUICK_SIZES = (2_000, 200, 500)  # train, validation and test images
+PACKAGES = ("tensorflow", "keras", "numpy", "scikit-learn", "openTSNE", "matplotlib")
+
+# Readable in grey: dark, light and dashed differ without colour.
+INK, ACCENT, PALE = "#1b3a5b", "#d1622b", "#9aa5b1"
+STYLE = {
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 100,
+    "savefig.dpi": 150,
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.prop_cycle": plt.cycler(color=[INK, ACCENT, PALE]),
+    "legend.frameon": False,
+}
+
+
+class UsageError(ValueError):
+    """A mistake of the user's, told in one line."""
+
+
+# Command line ----------------------------------------------------------------------
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
+def _positive(convert: Callable[[str], float]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = convert(text)
+        if not 0 < value < float("inf"):
+            raise ValueError
+        return value
+
+    parse.__name__ = f"positive {convert.__name__}"  # argparse names it in its error
+    return parse
+
+
+positive_int, positive_float = _positive(int), _positive(float)
+
+
+def argument_parser(
+    description: str,
+    *,
+    name: str,
+    data: str,
+    epochs: int,
+    quick_epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    code_dim: int,
+) -> argparse.ArgumentParser:
+    """Return a parser of the command line that both scripts share.
+
+    Args:
+        description: what the script does.
+        name: the question's, "q1" or "q2", which its run folder and figures bear.
+        data: default data file.
+        epochs: default number of passes over the training images.
+        quick_epochs: the same under `--quick`.
+        batch_size: default number of images in a step.
+        learning_rate: default of Adam's, in units of the weights.
+        code_dim: default number of dimensions of the code.
+    """
+    parser = _OneLineParser(description=description)
+    parser.set_defaults(name=name, default_data=data, quick_epochs=quick_epochs)
+    add = parser.add_argument
+    add(
+        "--data",
+        metavar="PATH",
+        help=f"data file (default: {data}, built when it is missing)",
+    )
+    add(
+        "--epochs",
+        type=positive_int,
+        metavar="N",
+        help=f"passes over the training images (default: {epochs}; {quick_epochs} "
+        "with --quick)",
+    )
+    add(
+        "--batch-size",
+        type=positive_int,
+        default=batch_size,
+        metavar="N",
+        help="images in a training step (default: %(default)s)",
+    )
+    add(
+        "--learning-rate",
+        type=positive_float,
+        default=learning_rate,
+        metavar="X",
+        help="Adam's step size, in units of the weights (default: %(default)s)",
+    )
+    add(
+        "--code-dim",
+        type=positive_int,
+        default=code_dim,
+        metavar="N",
+        help="dimensions of the code (default: %(default)s numbers)",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of weights, order and noise (default: %(default)s)",
+    )
+    add(
+        "--figures",
+        metavar="DIR",
+        help=f"folder for figures and metrics (default: {FIGURES}, which also "
+        f"refreshes {REPORT}; runs/quick/figures with --quick)",
+    )
+    add(
+        "--run-dir",
+        metavar="DIR",
+        help=f"folder for models and checkpoints (default: runs/{name}; "
+        f"runs/quick/{name} with --quick)",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="go on from the last epoch that the run folder holds",
+    )
+    add(
+        "--quick",
+        action="store_true",
+        help="the same path in about a minute, on the first "
+        f"{QUICK_SIZES[0]:,} training images",
+    )
+    parser.set_defaults(full_epochs=epochs)
+    return parser
+
+
+def complete_options(options: argparse.Namespace) -> argparse.Namespace:
+    """Fill in the defaults that depend on `--quick`; build the data if missing.
+
+    Raises:
+        UsageError: the seed is out of range.
+        DataError: the data is missing and can't be built.
+    """
+    if not 0 <= options.seed < 2**31:
+        raise UsageError(f"--seed: found {options.seed}, expected 0..{2**31 - 1}")
+    if options.data is None:
+        options.data = options.default_data
+        ensure_data(options.data)
+    base = Path("runs/quick") if options.quick else Path("runs")
+    if options.epochs is None:
+        options.epochs = options.quick_epochs if options.quick else options.full_epochs
+    options.updates_report = options.figures is None and not options.quick
+    if options.figures is None:
+        options.figures = base / "figures" if options.quick else FIGURES
+    options.figures = Path(options.figures)
+    options.run_dir = Path(options.run_dir or base / options.name)
+    return options
+
+
+def limit_splits(splits: Sequence[Split], quick: bool) -> list[Split]:
+    """Return the splits, under `--quick` only the first images of each."""
+    if not quick:
+        return list(splits)
+    return [
+        Split(images[:size], None if labels is None else labels[:size])
+        for (images, labels), size in zip(splits, QUICK_SIZES, strict=True)
+    ]
+
+
+def run_script(main: Callable[[], None]) -> NoReturn:
+    """Run a script's `main` and exit: 0 done, 2 user's mistake, 130 interrupted."""
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    script = Path(sys.argv[0]).name
+    try:
+        main()
+    except (DataError, UsageError, OSError) as error:
+        print(f"{script}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        command = [arg for arg in sys.argv[1:] if arg != "--resume"]
+        again = shlex.join(["python", script, *command, "--resume"])
+        print(f"\n{script}: interrupted; go on with: {again}", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+# Training --------------------------------------------------------------------------
+
+
+def shuffled_batches(
+    images: np.ndarray, batch_size: int, seed: int, first_epoch: int = 0
+) -> tf.data.Dataset:
+    """Return batches without end, each epoch in an order that seed and epoch fix.
+
+    A run that is resumed at an epoch sees what a run never interrupted would see.
+
+    Args:
+        images: uint8 (N, ...).
+        batch_size: images in a batch; the N mod batch_size that an epoch's order
+            leaves over are dropped.
+        seed: of the orders.
+        first_epoch: the epoch that the batches begin with.
+    """
+    pixels = tf.constant(images)
+
+    def one_epoch(epoch: tf.Tensor) -> tf.data.Dataset:
+        order = tf.random.experimental.stateless_shuffle(
+            tf.range(len(images)), seed=tf.stack([tf.cast(seed, tf.int64), epoch])
+        )
+        indices = tf.data.Dataset.from_tensor_slices(order)
+        return indices.batch(batch_size, drop_remainder=True)
+
+    return (
+        tf.data.Dataset.counter(first_epoch)
+        .flat_map(one_epoch)
+        .map(lambda index: tf.gather(pixels, index))
+        .prefetch(tf.data.AUTOTUNE)
+    )
+
+
+def unit_floats(images: tf.Tensor) -> tf.Tensor:
+    """Scale uint8 0..255 to float32 0..1, in the graph."""
+    return tf.cast(images, tf.float32) / 255.0
+
+
+class RunFolder:
+    """A run's folder: its checkpoint, its settings, its models and its history.
+
+    Args:
+        options: the completed command line; `run_dir`, `figures`, `resume` and what
+            must not change when a run is resumed.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.path: Path = options.run_dir
+        self.history_path: Path = options.figures / f"{options.name}_history.csv"
+        self.checkpoint = self.path / "checkpoint.weights.h5"
+        self.rows: list[dict[str, float]] = []
+        settings_path = self.path / "settings.json"
+        may_change = {"epochs", "resume", "figures", "run_dir", "updates_report"}
+        settings = {
+            key: value for key, value in vars(options).items() if key not in may_change
+        }
+        if options.resume:
+            if not self.checkpoint.exists():
+                raise UsageError(f"--resume: found no {self.checkpoint}, expected one")
+            before = json.loads(settings_path.read_text(encoding="utf-8"))
+            changed = [key for key in settings if settings[key] != before.get(key)]
+            if changed:
+                flag = "--" + changed[0].replace("_", "-")
+                raise UsageError(
+                    f"--resume: found {flag} {settings[changed[0]]}, "
+                    f"expected {before.get(changed[0])} as in the run so far"
+                )
+        else:
+            self.checkpoint.unlink(missing_ok=True)
+            with replacing(settings_path) as temporary:
+                temporary.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+    def restore(self, model: keras.Model, steps_per_epoch: int) -> int:
+        """Load the checkpoint and the history if there is one.
+
+        Args:
+            model: built, its optimizers too; `model.optimizer` counts the steps.
+            steps_per_epoch: training steps in an epoch.
+
+        Returns:
+            How many epochs are done.
+        """
+        if not self.checkpoint.exists():
+            return 0
+        model.load_weights(self.checkpoint)
+        # The weights' own step count, so that no second file can disagree with them.
+        done = int(model.optimizer.iterations.numpy()) // steps_per_epoch
+        with self.history_path.open(newline="", encoding="utf-8") as file:
+            rows = [
+                {key: float(value) for key, value in row.items()}
+                for row in csv.DictReader(file)
+            ]
+        self.rows = rows[:done]
+        print(f"Going on after epoch {done} of {self.checkpoint}.")
+        return done
+
+    def fit(
+        self,
+        model: keras.Model,
+        images: np.ndarray,
+        options: argparse.Namespace,
+        prepare: Callable[[tf.Tensor], Any],
+        validation_data: tf.data.Dataset,
+    ) -> dict[str, np.ndarray]:
+        """Train a model, keeping a checkpoint and the history after each epoch.
+
+        Args:
+            model: compiled and built, with its optimizers' variables.
+            images: uint8 (N, ...), training images.
+            options: the completed command line.
+            prepare: from a batch of images to what `model.fit` takes.
+            validation_data: finite batches of what `model.fit` takes.
+
+        Returns:
+            The history: a column a quantity, a value an epoch.
+        """
+        batch_size = min(options.batch_size, len(images))
+        steps = len(images) // batch_size
+        done = self.restore(model, steps)
+        if done < options.epochs:
+            model.fit(
+                shuffled_batches(images, batch_size, options.seed, done).map(prepare),
+                epochs=options.epochs,
+                initial_epoch=done,
+                steps_per_epoch=steps,
+                validation_data=validation_data,
+                callbacks=[_Recorder(self), keras.callbacks.TerminateOnNaN()],
+                shuffle=False,
+                verbose=1 if sys.stdout.isatty() else 2,
+            )
+        return {key: np.array([row[key] for row in self.rows]) for key in self.rows[0]}
+
+    def record(self, model: keras.Model, row: dict[str, float]) -> None:
+        """Add an epoch to the history and save the checkpoint, then the history."""
+        self.rows.append(row)
+        with replacing(self.checkpoint) as temporary:
+            model.save_weights(temporary)
+        with (
+            replacing(self.history_path) as temporary,
+            temporary.open("w", newline="", encoding="utf-8") as file,
+        ):
+            writer = csv.DictWriter(file, fieldnames=list(row))
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def save(self, **models: keras.Model) -> None:
+        """Save each model as NAME.keras."""
+        for name, model in models.items():
+            with replacing(self.path / f"{name}.keras") as temporary:
+                model.save(temporary)
+
+
+class _Recorder(keras.callbacks.Callback):
+    def __init__(self, folder: RunFolder) -> None:
+        super().__init__()
+        self.folder = folder
+        self.started = 0.0
+
+    def on_epoch_begin(self, epoch: int, logs: Mapping | None = None) -> None:
+        self.started = time.perf_counter()
+
+    def on_epoch_end(self, epoch: int, logs: Mapping | None = None) -> None:
+        seconds = time.perf_counter() - self.started
+        quantities = {key: float(value) for key, value in (logs or {}).items()}
+        row = {"epoch": epoch + 1, **quantities, "seconds": seconds}
+        self.folder.record(self.model, row)
+
+
+# Figures ---------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def figure(
+    path: Path, rows: int = 1, columns: int = 1, size: tuple[float, float] = (7, 4)
+) -> Iterator[tuple[plt.Figure, Any]]:
+    """Draw a figure in the house style and save it under `path`.
+
+    Args:
+        path: of the PNG.
+        rows: of axes.
+        columns: of axes.
+        size: width and height in inches.
+
+    Yields:
+        The figure and its axes, as `matplotlib.pyplot.subplots` returns them.
+    """
+    with plt.style.context(STYLE):
+        drawn, axes = plt.subplots(rows, columns, figsize=size)
+        try:
+            yield drawn, axes
+            with replacing(path) as temporary:
+                drawn.savefig(temporary)
+        finally:
+            plt.close(drawn)
+
+
+def image_grid(
+    path: Path,
+    images: np.ndarray,
+    title: str,
+    row_labels: Sequence[str] = (),
+    columns: int = 10,
+) -> None:
+    """Draw images in rows under a title.
+
+    Args:
+        path: of the PNG.
+        images: float in [0, 1], (N, 28, 28) or (N, 28, 28, 3), row by row.
+        title: says what is seen.
+        row_labels: one for each row, or none.
+        columns: images in a row.
+    """
+    rows = -(-len(images) // columns)
+    gutter = 0.2 + 0.11 * max(map(len, row_labels), default=0)
+    size = (8, 0.6 + (8 - gutter) * rows / columns)
+    with figure(path, rows, columns, size) as (drawn, axes):
+        drawn.suptitle(title, fontsize=11)
+        for cell in np.atleast_1d(axes).flat:
+            cell.set_axis_off()
+        grid = np.reshape(axes, (rows, columns))
+        for index, image in enumerate(images):
+            grid.flat[index].imshow(image, cmap="gray", vmin=0, vmax=1)
+        for row, label in enumerate(row_labels):
+            grid[row, 0].text(
+                -0.15, 0.5, label, ha="right", va="center", transform=(
+                    grid[row, 0].transAxes
+                )
+            )  # fmt: skip
+
+
+# Metrics and report ----------------------------------------------------------------
+
+
+def write_metrics(
+    options: argparse.Namespace, metrics: Mapping[str, Any], started: float
+) -> dict[str, Any]:
+    """Write a run's metrics with where they come from as `NAME_metrics.json`.
+
+    Args:
+        options: the completed command line.
+        metrics: the numbers.
+        started: `time.perf_counter()` at the run's start.
+
+    Returns:
+        What was written.
+    """
+    settings = ("epochs", "batch_size", "learning_rate", "quick")
+    complete = {
+        **metrics,
+        "data": describe_source(options.data),
+        "settings": {key: getattr(options, key) for key in settings},
+        "seed": options.seed,
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in PACKAGES},
+        "wall_seconds": time.perf_counter() - started,
+    }
+    with replacing(options.figures / f"{options.name}_metrics.json") as temporary:
+        temporary.write_text(json.dumps(complete, indent=2) + "\n", encoding="utf-8")
+    return complete
+
+
+def update_report(blocks: Mapping[str, str], path: str | os.PathLike = REPORT) -> None:
+    """Rewrite the marked blocks of the report.
+
+    A block stands between the lines `<!-- begin NAME -->` and `<!-- end NAME -->`.
+
+    Args:
+        blocks: Markdown by the block's name.
+        path: of the report.
+
+    Raises:
+        UsageError: the report is missing, or a block of it is.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UsageError(f"{path}: found no such file, expected the report to refresh")
+    text = path.read_text(encoding="utf-8")
+    for name, content in blocks.items():
+        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+        replacement = f"{begin}\n{content.strip()}\n{end}"
+        text, count = pattern.subn(lambda _, new=replacement: new, text)
+        if count != 1:
+            raise UsageError(f"{path}: found {count} blocks {name}, expected one")
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table, its first column left-aligned, the others right."""
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
+
+
+def provenance(metrics: Mapping[str, Any]) -> str:
+    """Say in a paragraph of Markdown where a run's numbers come from."""
+    data, settings = metrics["data"], metrics["settings"]
+    versions = ", ".join(f"{name} {v}" for name, v in metrics["versions"].items())
+    sources = [data[key] for key in ("digits", "backgrounds") if key in data]
+    return (
+        f"Data: `{data['file']}`, {data['source']}"
+        f"{': ' if sources else ''}{'; '.join(sources)}. "
+        f"{settings['epochs']} epochs, batch {settings['batch_size']}, learning rate "
+        f"{settings['learning_rate']:g}, seed {metrics['seed']}; "
+        f"{metrics['wall_seconds'] / 60:.1f} minutes in all, of which "
+        f"{metrics['training_seconds'] / 60:.1f} training. {versions}."
+    )
