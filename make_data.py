@@ -315,17 +315,20 @@ def _photographs_from_archive() -> tuple[list[np.ndarray], str]:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import keras
 
-    with _socket_timeout():
-        archive = keras.utils.get_file(origin=BSDS_URL, file_hash=BSDS_MD5)
-    # Read in memory, never unpacked: names and links in the archive lead nowhere.
-    with tarfile.open(archive) as tar:
-        files = {
-            member.name: tar.extractfile(member).read()
-            for member in tar
-            if member.isfile()
-            and member.name.startswith(BSDS_FOLDER)
-            and member.name.endswith(".jpg")
-        }
+    # A folder that goes away: a download cut off half-way leaves nothing behind.
+    with tempfile.TemporaryDirectory() as folder, _socket_timeout():
+        archive = keras.utils.get_file(
+            origin=BSDS_URL, file_hash=BSDS_MD5, cache_dir=folder
+        )
+        # Read in memory, never unpacked: names and links in it lead nowhere.
+        with tarfile.open(archive) as tar:
+            files = {
+                member.name: tar.extractfile(member).read()
+                for member in tar
+                if member.isfile()
+                and member.name.startswith(BSDS_FOLDER)
+                and member.name.endswith(".jpg")
+            }
     found = _sha256(files[name] for name in sorted(files))
     if found != BSDS_TRAIN_SHA256:
         raise DataError(f"photographs of SHA-256 {found}, not {BSDS_TRAIN_SHA256}")
@@ -339,12 +342,15 @@ def _decode(content: bytes, name: str) -> np.ndarray:
     expected = "an RGB photograph of at least 28x28 pixels"
     try:
         with Image.open(io.BytesIO(content)) as image:
-            photograph = np.asarray(image.convert("RGB"))
+            if image.mode.startswith("I;16"):  # Pillow would clip it to white
+                grey = (np.asarray(image) >> 8).astype(np.uint8)
+                photograph = np.stack([grey] * 3, axis=-1)
+            else:
+                photograph = np.asarray(image.convert("RGB"))
     except Exception as error:
         # Damaged images make Pillow raise errors of many kinds.
-        raise DataError(f"{name}: found {_one_line(error)}, expected {expected}") from (
-            None
-        )
+        found = _one_line(error)
+        raise DataError(f"{name}: found {found}, expected {expected}") from None
     if min(photograph.shape[:2]) < 28:
         found = "x".join(map(str, photograph.shape[:2]))
         raise DataError(f"{name}: found {found} pixels, expected {expected}")

@@ -120,7 +120,12 @@ def train(
     autoencoder.optimizer.build(autoencoder.trainable_variables)
     validation = tf.data.Dataset.from_tensor_slices(valid_images).batch(250)
     return folder.fit(
-        autoencoder, train_images, options, as_pair, validation.map(as_pair)
+        autoencoder,
+        train_images,
+        options,
+        as_pair,
+        validation.map(as_pair),
+        autoencoder=autoencoder,
     )
 
 
@@ -197,7 +202,7 @@ def draw_reconstructions(
     utils.image_grid(
         path,
         np.concatenate([images / 255, restored]),
-        f"{len(chosen)} random test images and what {autoencoder.name} makes of them",
+        f"{len(chosen)} random test images above their reconstructions",
         ("input", "output"),
         columns=len(chosen),
     )
@@ -247,7 +252,6 @@ def main() -> None:
     autoencoder = build_autoencoder(options.code_dim)
 
     history = train(autoencoder, train_split.images, valid.images, options, folder)
-    folder.save(autoencoder=autoencoder)
 
     metrics = evaluate(autoencoder, train_split.images, test.images)
     draw_loss(options.figures / "q1_loss.png", history, metrics)

@@ -369,13 +369,13 @@ def embed(codes: np.ndarray, seed: int) -> np.ndarray:
     """Map codes (N, D) to the plane, (N, 2), by t-SNE.
 
     Van der Maaten & Hinton 2008; scikit-learn's takes too long for 59,000 codes, so
-    this is openTSNE's (Poličar et al. 2024), whose FFT method grows linearly with N.
+    this is openTSNE's (Poličar et al. 2024), which from 10,000 codes on uses the FFT
+    method, whose time grows linearly with N.
     """
     perplexity = min(30, max(1, (len(codes) - 1) // 3))
     tsne = TSNE(
         perplexity=perplexity,
         initialization="pca",
-        negative_gradient_method="fft",
         n_jobs=-1,
         random_state=seed,
     )
@@ -689,9 +689,9 @@ def main() -> None:
         options,
         tf.identity,
         tf.data.Dataset.from_tensor_slices(valid.images).batch(500),
-    )
-    folder.save(
-        encoder=model.encoder, decoder=model.decoder, discriminator=model.discriminator
+        encoder=model.encoder,
+        decoder=model.decoder,
+        discriminator=model.discriminator,
     )
 
     test_codes = encode(model.encoder, test.images)

@@ -354,8 +354,11 @@ class RunFolder:
         options: argparse.Namespace,
         prepare: Callable[[tf.Tensor], Any],
         validation_data: tf.data.Dataset,
+        **models: keras.Model,
     ) -> dict[str, np.ndarray]:
         """Train a model, keeping a checkpoint and the history after each epoch.
+
+        Whether training ends or is interrupted, what was learned is saved.
 
         Args:
             model: compiled and built, with its optimizers' variables.
@@ -363,6 +366,7 @@ class RunFolder:
             options: the completed command line.
             prepare: from a batch of images to what `model.fit` takes.
             validation_data: finite batches of what `model.fit` takes.
+            **models: each is saved in the folder as NAME.keras.
 
         Returns:
             The history: a column a quantity, a value an epoch.
@@ -370,17 +374,23 @@ class RunFolder:
         batch_size = min(options.batch_size, len(images))
         steps = len(images) // batch_size
         done = self.restore(model, steps)
-        if done < options.epochs:
-            model.fit(
-                shuffled_batches(images, batch_size, options.seed, done).map(prepare),
-                epochs=options.epochs,
-                initial_epoch=done,
-                steps_per_epoch=steps,
-                validation_data=validation_data,
-                callbacks=[_Recorder(self), keras.callbacks.TerminateOnNaN()],
-                shuffle=False,
-                verbose=1 if sys.stdout.isatty() else 2,
-            )
+        batches = shuffled_batches(images, batch_size, options.seed, done)
+        try:
+            if done < options.epochs:
+                model.fit(
+                    batches.map(prepare),
+                    epochs=options.epochs,
+                    initial_epoch=done,
+                    steps_per_epoch=steps,
+                    validation_data=validation_data,
+                    callbacks=[_Recorder(self), keras.callbacks.TerminateOnNaN()],
+                    shuffle=False,
+                    verbose=1 if sys.stdout.isatty() else 2,
+                )
+        finally:
+            for name, part in models.items():
+                with replacing(self.path / f"{name}.keras") as temporary:
+                    part.save(temporary)
         return {key: np.array([row[key] for row in self.rows]) for key in self.rows[0]}
 
     def record(self, model: keras.Model, row: dict[str, float]) -> None:
@@ -395,12 +405,6 @@ class RunFolder:
             writer = csv.DictWriter(file, fieldnames=list(row))
             writer.writeheader()
             writer.writerows(self.rows)
-
-    def save(self, **models: keras.Model) -> None:
-        """Save each model as NAME.keras."""
-        for name, model in models.items():
-            with replacing(self.path / f"{name}.keras") as temporary:
-                model.save(temporary)
 
 
 class _Recorder(keras.callbacks.Callback):
@@ -474,11 +478,9 @@ def image_grid(
         for index, image in enumerate(images):
             grid.flat[index].imshow(image, cmap="gray", vmin=0, vmax=1)
         for row, label in enumerate(row_labels):
-            grid[row, 0].text(
-                -0.15, 0.5, label, ha="right", va="center", transform=(
-                    grid[row, 0].transAxes
-                )
-            )  # fmt: skip
+            first = grid[row, 0]
+            place = {"ha": "right", "va": "center", "transform": first.transAxes}
+            first.text(-0.15, 0.5, label, **place)
 
 
 # Metrics and report ----------------------------------------------------------------

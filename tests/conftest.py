@@ -1,0 +1,40 @@
+"""Tiny real data: scikit-learn's digits, and its photographs behind them."""
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits, load_sample_images
+
+import make_data
+
+SIZES = (420, 40, 60)
+
+
+def tiny_digits():
+    """scikit-learn's 8x8 digits, enlarged to 28x28, as uint8, and their labels."""
+    digits = load_digits()
+    large = np.kron(digits.images, np.ones((3, 3)))
+    images = np.pad(large, ((0, 0), (2, 2), (2, 2))) * (255 / 16)
+    return images.astype(np.uint8), digits.target
+
+
+def save_pairs(path, pairs):
+    content = np.empty(len(pairs), object)
+    content[:] = pairs
+    np.save(path, content, allow_pickle=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """A folder with a tiny MNIST_M.npy and data.npy in the course's layout."""
+    folder = tmp_path_factory.mktemp("data")
+    images, labels = tiny_digits()
+    rng = np.random.RandomState(0)
+    blended = make_data.blend(images, load_sample_images().images, rng)
+    one_hot = np.eye(10, dtype=np.uint8)[labels]
+    ends = np.cumsum(SIZES)
+    for name, pixels in (("MNIST_M", blended), ("data", images.reshape(-1, 784))):
+        parts = zip(
+            np.split(pixels, ends)[:3], np.split(one_hot, ends)[:3], strict=True
+        )
+        save_pairs(folder / f"{name}.npy", list(parts))
+    return folder

@@ -1,0 +1,200 @@
+"""Both scripts through the real command line, on a tiny data set."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import keras
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from conftest import save_pairs
+
+import q2_aae  # noqa: F401  (registers what its saved models hold)
+
+HOME = Path(__file__).parents[1]
+SCRIPTS = {"q1": "q1_cnn_autoencoder.py", "q2": "q2_aae.py"}
+FIGURES = {
+    "q1": ["q1_loss", "q1_reconstructions"],
+    "q2": [
+        "q2_losses",
+        "q2_tsne",
+        "q2_reconstructions",
+        "q2_prior_match",
+        "q2_samples",
+        "q2_latent_walk",
+    ],
+}
+KEYS = {
+    "q1": {"test_mse", "test_psnr_db", "pca_test_mse", "code_dim", "parameters"},
+    "q2": {
+        "test_mse",
+        "test_reconstruction_loss",
+        "loss_discriminator",
+        "loss_encoder",
+        "prior_match",
+        "frechet_distance",
+        "frechet_distance_floor",
+        "parzen_log_likelihood",
+        "parzen_standard_error",
+        "parzen_sigma",
+    },
+}
+DATA = {"q1": "MNIST_M.npy", "q2": "data.npy"}
+
+
+def command(question, folder, data, *arguments):
+    return [
+        *(sys.executable, str(HOME / SCRIPTS[question])),
+        *("--data", str(data), "--figures", str(folder / "figures")),
+        *("--run-dir", str(folder / "run"), "--batch-size", "42", *arguments),
+    ]
+
+
+def run(question, folder, data, *arguments):
+    return subprocess.run(
+        command(question, folder, data, *arguments),
+        capture_output=True,
+        text=True,
+        cwd=folder,
+    )
+
+
+def history(question, folder):
+    path = folder / "figures" / f"{question}_history.csv"
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def check_outputs(question, folder):
+    for name in FIGURES[question]:
+        image = plt.imread(folder / "figures" / f"{name}.png")
+        assert image.shape[0] > 200
+        assert image.std() > 0.02
+    path = folder / "figures" / f"{question}_metrics.json"
+    metrics = json.loads(path.read_text())
+    common = {"data", "seed", "versions", "wall_seconds"}
+    assert KEYS[question] | common <= metrics.keys()
+    rows = history(question, folder)
+    assert [int(float(row["epoch"])) for row in rows] == [1, 2, 3]
+    return metrics
+
+
+def same_but_for_time(a, b):
+    for first, second in zip(a, b, strict=True):
+        for key in first.keys() - {"seconds"}:
+            assert float(first[key]) == pytest.approx(float(second[key]), rel=1e-4)
+
+
+def test_q1_survives_an_interruption_and_ends_as_if_there_was_none(tiny_data, tmp_path):
+    data = tiny_data / "MNIST_M.npy"
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+    done = run("q1", whole, data, "--epochs", "3")
+    assert done.returncode == 0, done.stderr
+    metrics = check_outputs("q1", whole)
+
+    process = subprocess.Popen(
+        command("q1", broken, data, "--epochs", "3"),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        cwd=broken,
+    )
+    deadline = time.monotonic() + 120
+    while not (broken / "figures" / "q1_history.csv").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in error.strip().splitlines()[-1]
+    assert (broken / "run" / "autoencoder.keras").exists()
+
+    resumed = run("q1", broken, data, "--epochs", "3", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    check_outputs("q1", broken)
+    same_but_for_time(history("q1", whole), history("q1", broken))
+
+    model = keras.saving.load_model(whole / "run" / "autoencoder.keras")
+    restored = model.predict(np.zeros((2, 28, 28, 3), np.float32), verbose=0)
+    assert restored.shape == (2, 28, 28, 3)
+    assert metrics["parameters"] == model.count_params()
+    assert metrics["data"]["source"] == "a file as given"
+
+
+def test_q2_resumes_with_all_optimizers_and_random_states(tiny_data, tmp_path):
+    data = tiny_data / "data.npy"
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+    kind = ("--encoder", "gaussian", "--encoder-loss", "non-saturating")
+    done = run("q2", whole, data, "--epochs", "3", *kind)
+    assert done.returncode == 0, done.stderr
+    metrics = check_outputs("q2", whole)
+    assert metrics["frechet_distance"] > 0
+
+    for arguments in (["--epochs", "1"], ["--epochs", "3", "--resume"]):
+        done = run("q2", broken, data, *kind, *arguments)
+        assert done.returncode == 0, done.stderr
+    check_outputs("q2", broken)
+    same_but_for_time(history("q2", whole), history("q2", broken))
+
+    codes = np.zeros((2, 100), np.float32)
+    decoder = keras.saving.load_model(whole / "run" / "decoder.keras")
+    other = keras.saving.load_model(broken / "run" / "decoder.keras")
+    images = decoder.predict(codes, verbose=0)
+    assert images.shape == (2, 784)
+    np.testing.assert_allclose(images, other.predict(codes, verbose=0), atol=1e-4)
+
+
+def test_q2_accepts_a_plain_array_without_labels(tmp_path):
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "plain.npy", rng.random((210, 28, 28), np.float32))
+    done = run("q2", tmp_path, tmp_path / "plain.npy", "--epochs", "3")
+    assert done.returncode == 0, done.stderr
+    assert check_outputs("q2", tmp_path)["frechet_distance"] is None
+
+
+class _Touch:
+    def __reduce__(self):
+        return os.system, ("touch it_ran",)
+
+
+@pytest.mark.parametrize("question", ["q1", "q2"])
+def test_wrong_data_is_one_line_and_code_2(question, tiny_data, tmp_path):
+    hostile = np.empty(3, object)
+    hostile[:] = [_Touch()] * 3
+    whole = (tiny_data / DATA[question]).read_bytes()
+    contents = {
+        "missing.npy": None,
+        "empty.npy": b"",
+        "text.npy": b"some text\n" * 100,
+        "truncated.npy": whole[: len(whole) // 2],
+    }
+    for name, content in contents.items():
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+    np.save(tmp_path / "shape.npy", np.zeros((70, 29, 29), np.uint8))
+    save_pairs(tmp_path / "hostile.npy", list(hostile))
+    for name in (*contents, "shape.npy", "hostile.npy"):
+        done = run(question, tmp_path, tmp_path / name)
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1, done.stderr
+        assert f"{name}: found " in done.stderr
+        assert ", expected " in done.stderr
+    assert not (tmp_path / "it_ran").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_without_a_run_is_one_line_and_code_2(tiny_data, tmp_path):
+    done = run("q1", tmp_path, tiny_data / "MNIST_M.npy", "--resume")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "--resume" in done.stderr

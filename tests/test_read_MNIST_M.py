@@ -1,0 +1,243 @@
+"""The loader: what it accepts, what it refuses, and that nothing hostile runs."""
+
+import io
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import save_pairs
+
+from read_MNIST_M import DataError, load_digits, load_mnist_m, read_pickle
+
+RNG = np.random.default_rng(0)
+SIZES = (5, 2, 3)
+IMAGES = [RNG.integers(0, 256, (n, 28, 28, 3), np.uint8) for n in SIZES]
+LABELS = [RNG.integers(0, 10, n) for n in SIZES]
+ONE_HOT = [np.eye(10)[labels] for labels in LABELS]
+
+
+def npy_of_objects(pickled, count=3):
+    """A .npy file whose object array is the given pickle."""
+    file = io.BytesIO()
+    header = {"descr": "|O", "fortran_order": False, "shape": (count,)}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue() + pickled
+
+
+class Python2Pickler:
+    """Writes arrays as Python 2 did, opcode by opcode: bytes as BINSTRING."""
+
+    def __init__(self, core):
+        self.core = core.encode()
+
+    def string(self, data):
+        return b"T" + struct.pack("<i", len(data)) + data
+
+    def integers(self, values):
+        return b"(" + b"".join(b"J" + struct.pack("<i", v) for v in values) + b"t"
+
+    def array(self, shape, code, data):
+        dtype = b"cnumpy\ndtype\n(" + self.string(code) + b"K\x00K\x01tR"
+        dtype += (
+            b"(K\x03" + self.string(b"|") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xff"
+        )
+        dtype += b"K\x00tb"
+        new = b"c" + self.core + b".multiarray\n_reconstruct\n"
+        new += b"(cnumpy\nndarray\n" + self.integers([0]) + self.string(b"b") + b"tR"
+        state = b"(K\x01" + self.integers(shape) + dtype + b"I00\n" + data + b"tb"
+        return new + state.replace(b"I00\n", b"\x89")
+
+    def numeric(self, array):
+        code = array.dtype.str[1:].encode()
+        return self.array(array.shape, code, self.string(array.tobytes()))
+
+    def dump(self, pairs):
+        items = b"".join(
+            b"(" + self.numeric(images) + self.numeric(labels) + b"t"
+            for images, labels in pairs
+        )
+        objects = b"](" + items + b"e"
+        return b"\x80\x02" + self.array((len(pairs),), b"O8", objects) + b"."
+
+
+@pytest.mark.parametrize("core", ["numpy.core", "numpy._core"])
+def test_python_2_pickle_loads_under_either_module_name(tmp_path, core):
+    path = tmp_path / "MNIST_M.npy"
+    pairs = list(zip(IMAGES, [x.astype(np.uint8) for x in ONE_HOT], strict=True))
+    path.write_bytes(npy_of_objects(Python2Pickler(core).dump(pairs)))
+    for split, images, labels in zip(load_mnist_m(path), IMAGES, LABELS, strict=True):
+        np.testing.assert_array_equal(split.images, images)
+        np.testing.assert_array_equal(split.labels, labels)
+        assert split.images.dtype == np.uint8
+        assert split.labels.dtype == np.int64
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+def test_python_3_pickle_loads_as_numpy_would_load_it(tmp_path, protocol):
+    content = np.empty((3, 2), object)
+    for row, pair in enumerate(zip(IMAGES, LABELS, strict=True)):
+        content[row, 0], content[row, 1] = pair
+    path = tmp_path / "MNIST_M.npy"
+    path.write_bytes(npy_of_objects(pickle.dumps(content, protocol)))
+    for split, images, labels in zip(load_mnist_m(path), IMAGES, LABELS, strict=True):
+        np.testing.assert_array_equal(split.images, images)
+        np.testing.assert_array_equal(split.labels, labels)
+
+
+def test_fortran_order_and_floats_are_understood(tmp_path):
+    images = [np.asfortranarray(x / np.float64(255)) for x in IMAGES]
+    save_pairs(tmp_path / "x.npy", list(zip(images, ONE_HOT, strict=True)))
+    for split, expected in zip(load_mnist_m(tmp_path / "x.npy"), IMAGES, strict=True):
+        np.testing.assert_array_equal(split.images, expected)
+
+
+@pytest.mark.parametrize("shape", [(784,), (28, 28)])
+def test_plain_array_splits_by_the_fixed_rule(tmp_path, shape):
+    images = np.zeros((140, *shape), np.uint8)
+    images[(slice(None),) + (0,) * len(shape)] = np.arange(140)
+    np.save(tmp_path / "data.npy", images)
+    train, valid, test = load_digits(tmp_path / "data.npy")
+    assert train.labels is None
+    assert list(valid.images[:, 0]) == [0, 70]
+    assert list(test.images[:, 0]) == list(range(6, 140, 7))
+    together = np.concatenate([split.images[:, 0] for split in (train, valid, test)])
+    assert sorted(together) == list(range(140))
+
+
+class _Call:
+    def __init__(self, function, *arguments):
+        self.reduced = (function, arguments)
+
+    def __reduce__(self):
+        return self.reduced
+
+
+@pytest.mark.parametrize("in_items", [False, True])
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("name", ["system", "eval", "load", "frombuffer", "zeros"])
+def test_hostile_pickle_is_refused_before_it_runs(tmp_path, name, protocol, in_items):
+    witness = tmp_path / "it_ran"
+    hostile = {
+        "system": _Call(os.system, f"touch {witness}"),
+        "eval": _Call(eval, f"open({str(witness)!r}, 'w')"),
+        "load": _Call(np.load, str(witness)),
+        "frombuffer": _Call(np.frombuffer, b"1234"),
+        "zeros": _Call(np.zeros, 10),
+    }[name]
+    content = np.empty(3, object)
+    content[:] = [(IMAGES[0], hostile)] * 3 if in_items else [hostile] * 3
+    path = tmp_path / "MNIST_M.npy"
+    data = pickle.dumps(content if in_items else hostile, protocol)
+    path.write_bytes(npy_of_objects(data))
+    with pytest.raises(DataError, match="MNIST_M.npy: found .* expected") as error:
+        load_mnist_m(path)
+    assert "\n" not in str(error.value)
+    assert not witness.exists()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x80\x02" + b"(" * 20_000 + b".",
+        b"\x80\x02Nr" + struct.pack("<I", 2**32 - 1) + b".",
+        b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b".",
+        b"\x80\x02\x82\x01.",
+        b"\x80\x02Pname\n.",
+        b"",
+        b"\x80\x02N",
+    ],
+    ids=["nesting", "memo", "size", "extension", "persistent id", "empty", "cut off"],
+)
+def test_pickle_bomb_is_refused_at_once(data):
+    started = time.perf_counter()
+    with pytest.raises(DataError, match="somewhere: found"):
+        read_pickle(data, "somewhere")
+    assert time.perf_counter() - started < 1
+
+
+def test_array_that_declares_more_than_it_holds_is_refused(tmp_path):
+    pickler = Python2Pickler("numpy.core")
+    array = pickler.array((2**30, 2**30), b"u1", pickler.string(b"1234"))
+    with pytest.raises(DataError, match="do not fill"):
+        read_pickle(b"\x80\x02" + array + b".", "x")
+
+
+def header_of(shape, descr="|u1"):
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": descr, "fortran_order": False, "shape": shape}
+    )
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (None, "no such file"),
+        (b"", "an empty file"),
+        (b"not an array, just text\n" * 10, "no valid .npy header"),
+        (header_of((70, 784)) + bytes(1000), "1,000 bytes"),
+        (header_of((10**9, 784)) + bytes(1000), "1,000 bytes"),
+        (header_of((-10, 784)), "shape"),
+        (header_of((70, 785)) + bytes(70 * 785), "shape"),
+        (header_of((0, 784)), "no image"),
+        (header_of((3, 784)) + bytes(3 * 784), "3 images"),
+        (header_of((7, 784), "<f8") + b"\xff" * 7 * 784 * 8, "values nan"),
+        (header_of((7, 784), "<i2") + b"\xff" * 7 * 784 * 2, "values -1"),
+        (header_of((7, 784), "<U1") + bytes(7 * 784 * 4), "type <U1"),
+        (header_of((7, 784), [("a", "|u1")]) + bytes(7 * 784), "type"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_damaged_file_is_told_in_one_line(tmp_path, content, found):
+    path = tmp_path / "data.npy"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError) as error:
+        load_digits(path)
+    message = str(error.value)
+    assert message.startswith(f"{path}: found ")
+    assert found in message
+    assert ", expected " in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        (IMAGES[0], ONE_HOT[0][:-1]),
+        (IMAGES[0], ONE_HOT[0] * 2),
+        (IMAGES[0], LABELS[0] + 10),
+        (IMAGES[0], np.full(5, np.nan)),
+        (IMAGES[0][:, :14], ONE_HOT[0]),
+        (IMAGES[0][:0], ONE_HOT[0][:0]),
+        (IMAGES[0] / 100.0, ONE_HOT[0]),
+    ],
+)
+def test_wrong_pair_is_refused(tmp_path, images, labels):
+    pairs = [(images, labels), (IMAGES[1], LABELS[1]), (IMAGES[2], LABELS[2])]
+    save_pairs(tmp_path / "x.npy", pairs)
+    with pytest.raises(DataError, match="train"):
+        load_mnist_m(tmp_path / "x.npy")
+
+
+def test_truncated_pickle_is_refused(tmp_path, tiny_data):
+    content = (tiny_data / "data.npy").read_bytes()
+    path = tmp_path / "data.npy"
+    for size in (len(content) // 2, len(content) - 1, 200):
+        path.write_bytes(content[:size])
+        with pytest.raises(DataError):
+            load_digits(path)
+
+
+def test_readers_start_without_tensorflow():
+    code = "import sys, make_data, read_MNIST_M; print('tensorflow' in sys.modules)"
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "False"
