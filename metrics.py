@@ -11,6 +11,7 @@ import scipy.special
 from sklearn.decomposition import PCA
 from sklearn.metrics import pairwise_distances_chunked
 from sklearn.metrics.pairwise import euclidean_distances
+from sklearn.neighbors import KNeighborsClassifier
 
 # The Parzen window's bandwidths that are tried, in units of a pixel's range.
 PARZEN_SIGMAS = np.geomspace(0.08, 0.4, 15)
@@ -21,26 +22,58 @@ def psnr_db(mse: float) -> float:
     return -10.0 * math.log10(max(mse, np.finfo(np.float64).tiny))
 
 
-def pca_reconstruction_mse(
-    train_images: np.ndarray, images: np.ndarray, n_components: int
-) -> float:
-    """Measure the best linear autoencoder with a code of the same size.
+def fit_pca(train_images: np.ndarray, n_components: int) -> PCA:
+    """Fit the best linear autoencoder with a code of the same size.
 
     Args:
-        train_images: uint8 (N, ...), 0..255, that the components are fitted on.
-        images: uint8 (M, ...) to reconstruct.
+        train_images: uint8 (N, ...), 0..255.
         n_components: the code's dimensions; at most min(N, number of pixels) of them
             are used.
 
     Returns:
+        scikit-learn's PCA of the flattened images, pixels in [0, 1].
+    """
+    flat = as_unit_floats(train_images)
+    pca = PCA(min(n_components, *flat.shape), svd_solver="covariance_eigh")
+    return pca.fit(flat)
+
+
+def pca_reconstruction_mse(pca: PCA, images: np.ndarray) -> float:
+    """Measure what PCA makes of images.
+
+    Args:
+        pca: as `fit_pca` returns it.
+        images: uint8 (M, ...) to reconstruct.
+
+    Returns:
         Mean squared error over pixels and images, pixels in [0, 1].
     """
-    flat = _as_unit_floats(train_images)
-    pca = PCA(min(n_components, *flat.shape), svd_solver="covariance_eigh")
-    pca.fit(flat)
-    held_out = _as_unit_floats(images)
-    restored = pca.inverse_transform(pca.transform(held_out))
-    return float(np.mean(np.square(restored - held_out), dtype=np.float64))
+    flat = as_unit_floats(images)
+    restored = pca.inverse_transform(pca.transform(flat))
+    return float(np.mean(np.square(restored - flat), dtype=np.float64))
+
+
+def knn_accuracy(
+    train_codes: np.ndarray,
+    train_labels: np.ndarray,
+    test_codes: np.ndarray,
+    test_labels: np.ndarray,
+    neighbours: int = 5,
+) -> float:
+    """Return how often the nearest training codes' majority names the right digit.
+
+    Args:
+        train_codes: float32 (N, D).
+        train_labels: int64 (N,).
+        test_codes: float32 (M, D).
+        test_labels: int64 (M,).
+        neighbours: how many training codes vote, by Euclidean distance.
+    """
+    classifier = KNeighborsClassifier(
+        min(neighbours, len(train_codes)), algorithm="brute"
+    )
+    classifier.fit(train_codes, train_labels)
+    return float(classifier.score(test_codes, test_labels))
 
 
 def prior_match(
@@ -118,7 +151,7 @@ def train_digit_classifier(
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     classifier.compile("adam", loss, jit_compile=False)  # XLA's convolutions are slow
     classifier.fit(
-        _as_unit_floats(images), labels, batch_size=128, epochs=epochs, verbose=0
+        as_unit_floats(images), labels, batch_size=128, epochs=epochs, verbose=0
     )
     return classifier
 
@@ -200,5 +233,6 @@ def parzen_log_likelihood(
     }
 
 
-def _as_unit_floats(images: np.ndarray) -> np.ndarray:
+def as_unit_floats(images: np.ndarray) -> np.ndarray:
+    """Flatten uint8 images (N, ...) and scale them to [0, 1], float32 (N, D)."""
     return images.reshape(len(images), -1).astype(np.float32) / np.float32(255)

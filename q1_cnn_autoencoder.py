@@ -14,6 +14,7 @@ import argparse
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import utils
 
@@ -21,8 +22,15 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from metrics import pca_reconstruction_mse, psnr_db
-from read_MNIST_M import Split, load_mnist_m
+from make_data import describe_source
+from metrics import (
+    as_unit_floats,
+    fit_pca,
+    knn_accuracy,
+    pca_reconstruction_mse,
+    psnr_db,
+)
+from read_MNIST_M import NUM_CLASSES, DataError, Split, load_digits, load_mnist_m
 
 # Hyperparameters -------------------------------------------------------------------
 
@@ -132,28 +140,97 @@ def train(
 # Evaluation ------------------------------------------------------------------------
 
 
-def reconstruct(autoencoder: keras.Model, images: np.ndarray) -> np.ndarray:
-    """Return the reconstructions, float32 in [0, 1], of uint8 images."""
+def predict(model: keras.Model, images: np.ndarray) -> np.ndarray:
+    """Return what a model makes of uint8 images, scaled to [0, 1]."""
     batches = tf.data.Dataset.from_tensor_slices(images).batch(250)
-    return autoencoder.predict(batches.map(utils.unit_floats), verbose=0)
+    return model.predict(batches.map(utils.unit_floats), verbose=0)
+
+
+def squared_errors(autoencoder: keras.Model, images: np.ndarray) -> np.ndarray:
+    """Return the squared errors, float32 (N, 28, 28, 3), pixels in [0, 1]."""
+    return np.square(predict(autoencoder, images) - images / np.float32(255))
+
+
+def read_masks(data: Path, count: int) -> np.ndarray | None:
+    """Find the digits' masks in the test images of the `data.npy` beside the data.
+
+    Args:
+        data: MNIST-M's file.
+        count: how many test images it holds.
+
+    Returns:
+        bool (N, 28, 28), or None unless `make_data.py` built both files.
+    """
+    digits = data.with_name("data.npy")
+    try:
+        sources = {describe_source(path)["source"] for path in (data, digits)}
+        masks = load_digits(digits)[2].images.reshape(-1, 28, 28) > 0
+    except (DataError, OSError):
+        return None
+    built = sources == {"built by make_data.py"}
+    return masks[:count] if built and len(masks) >= count else None
 
 
 def evaluate(
-    autoencoder: keras.Model, train_images: np.ndarray, test_images: np.ndarray
-) -> dict[str, float]:
-    """Compare the autoencoder with PCA on the test images; return the metrics."""
-    code_dim = autoencoder.get_layer("encoder").output_shape[-1]
-    errors = reconstruct(autoencoder, test_images) - test_images / np.float32(255)
-    test_mse = float(np.mean(np.square(errors), dtype=np.float64))
-    pca_mse = pca_reconstruction_mse(train_images, test_images, code_dim)
-    return {
+    autoencoder: keras.Model,
+    train: Split,
+    test: Split,
+    errors: np.ndarray,
+    masks: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """Compare the autoencoder with PCA on the test images.
+
+    Args:
+        autoencoder: trained.
+        train: what it was trained on; PCA is fitted on the same.
+        test: held out.
+        errors: the test images' squared errors, as `squared_errors` returns them.
+        masks: bool (N, 28, 28), where the test images' digits are, if known.
+
+    Returns:
+        The metrics; None where labels or masks are needed that aren't there.
+    """
+    encoder = autoencoder.get_layer("encoder")
+    code_dim = encoder.output_shape[-1]
+    test_mse = float(np.mean(errors, dtype=np.float64))
+    pca = fit_pca(train.images, code_dim)
+    pca_mse = pca_reconstruction_mse(pca, test.images)
+    from_mean = (test.images - train.images.mean(axis=0)) / 255
+    found = {
         "test_mse": test_mse,
         "test_psnr_db": psnr_db(test_mse),
         "pca_test_mse": pca_mse,
         "pca_test_psnr_db": psnr_db(pca_mse),
+        "mean_image_test_mse": float(np.square(from_mean).mean()),
         "code_dim": code_dim,
         "parameters": autoencoder.count_params(),
+        "digit_test_mse": None,
+        "mse_inside_digit": None,
+        "mse_outside_digit": None,
+        "knn_accuracy": None,
     }
+    if masks is not None:
+        found["mse_inside_digit"] = float(errors[masks].mean(dtype=np.float64))
+        found["mse_outside_digit"] = float(errors[~masks].mean(dtype=np.float64))
+    if train.labels is not None:
+        by_image = errors.mean(axis=(1, 2, 3), dtype=np.float64)
+        found["digit_test_mse"] = {
+            str(digit): float(by_image[test.labels == digit].mean())
+            for digit in range(NUM_CLASSES)
+            if (test.labels == digit).any()
+        }
+        codes = {
+            "cnn_code": lambda images: predict(encoder, images),
+            "pca_code": lambda images: pca.transform(as_unit_floats(images)),
+            "pixels": as_unit_floats,
+        }
+        found["knn_accuracy"] = {
+            name: knn_accuracy(
+                encode(train.images), train.labels, encode(test.images), test.labels
+            )
+            for name, encode in codes.items()
+        }
+    return found
 
 
 # Figures ---------------------------------------------------------------------------
@@ -198,7 +275,7 @@ def draw_reconstructions(
     rng = np.random.default_rng(seed)
     chosen = rng.permutation(len(test.images))[:SHOWN]
     images = test.images[chosen]
-    restored = reconstruct(autoencoder, images)
+    restored = predict(autoencoder, images)
     utils.image_grid(
         path,
         np.concatenate([images / 255, restored]),
@@ -208,36 +285,110 @@ def draw_reconstructions(
     )
 
 
+def draw_extremes(
+    path: Path, autoencoder: keras.Model, images: np.ndarray, errors: np.ndarray
+) -> None:
+    """Draw the best, median and worst test reconstructions.
+
+    Args:
+        path: of the PNG.
+        autoencoder: trained.
+        images: uint8 (N, 28, 28, 3), the test images.
+        errors: float (N, 28, 28, 3), their squared errors.
+    """
+    each = min(4, len(images) // 3)
+    order = errors.mean(axis=(1, 2, 3)).argsort()
+    middle = (len(order) - each) // 2
+    chosen = np.concatenate(
+        [order[:each], order[middle : middle + each], order[len(order) - each :]]
+    )
+    restored = predict(autoencoder, images[chosen])
+    utils.image_grid(
+        path,
+        np.concatenate([images[chosen] / 255, restored]),
+        f"The {each} best, {each} median and {each} worst test reconstructions",
+        ("input", "output"),
+        columns=3 * each,
+    )
+
+
+def draw_errors(path: Path, metrics: Mapping[str, Any], errors: np.ndarray) -> None:
+    """Draw where the error lies: by place in the image and by digit.
+
+    Args:
+        path: of the PNG.
+        metrics: as `evaluate` returns them.
+        errors: float (N, 28, 28, 3), the test images' squared errors.
+    """
+    with utils.figure(path, 1, 2, (8, 3.4)) as (figure, (place, digits)):
+        figure.suptitle("Where the test error lies", fontsize=11)
+        shown = place.imshow(errors.mean(axis=(0, 3)), cmap="cividis", vmin=0)
+        place.set(xticks=[], yticks=[], title="mean over images and channels")
+        figure.colorbar(shown, ax=place, label="squared error (pixels in 0..1)")
+        by_digit = metrics["digit_test_mse"]
+        if by_digit is None:
+            digits.set_axis_off()
+            return
+        digits.bar(list(by_digit), list(by_digit.values()), color=utils.INK)
+        digits.axhline(metrics["test_mse"], color="black", ls=":")
+        digits.set(title="by digit, and over all (dotted)", xlabel="digit")
+        digits.set_ylabel("mean squared error (pixels in 0..1)")
+
+
 # Report ----------------------------------------------------------------------------
 
 
-def report_blocks(metrics: Mapping) -> dict[str, str]:
+def report_blocks(metrics: Mapping[str, Any]) -> dict[str, str]:
     """Return the report's blocks of question 1, by name, in Markdown."""
     ratio = metrics["test_mse"] / metrics["pca_test_mse"]
-    table = utils.markdown_table(
-        ("autoencoder", "code", "parameters", "test MSE", "test PSNR (dB)"),
-        [
-            (
-                "PCA, the best linear one",
-                str(metrics["code_dim"]),
-                "",
-                f"{metrics['pca_test_mse']:.5f}",
-                f"{metrics['pca_test_psnr_db']:.2f}",
-            ),
-            (
-                "CNN",
-                str(metrics["code_dim"]),
-                f"{metrics['parameters']:,}",
-                f"{metrics['test_mse']:.5f}",
-                f"{metrics['test_psnr_db']:.2f}",
-            ),
-        ],
-    )
-    verdict = (
+    code_dim = str(metrics["code_dim"])
+    rows = [
+        ("the mean image", "0", "", metrics["mean_image_test_mse"]),
+        ("PCA, the best linear one", code_dim, "", metrics["pca_test_mse"]),
+        ("CNN", code_dim, f"{metrics['parameters']:,}", metrics["test_mse"]),
+    ]
+    parts = [
+        utils.markdown_table(
+            ("autoencoder", "code", "parameters", "test MSE", "test PSNR (dB)"),
+            [(*row, f"{mse:.5f}", f"{psnr_db(mse):.2f}") for *row, mse in rows],
+        ),
         f"The CNN's test error is {ratio:.2f} times that of PCA: it "
-        f"{'beats' if ratio < 1 else 'does **not** beat'} the best linear code."
-    )
-    return {"q1": f"{table}\n\n{verdict}\n\n{utils.provenance(metrics)}"}
+        f"{'beats' if ratio < 1 else 'does **not** beat'} the best linear code.",
+        utils.provenance(metrics),
+    ]
+    return {"q1": "\n\n".join(parts), "q1.error": _error_block(metrics)}
+
+
+def _error_block(metrics: Mapping[str, Any]) -> str:
+    parts = []
+    if metrics["digit_test_mse"] is not None:
+        by_digit = metrics["digit_test_mse"]
+        hardest, easiest = (f(by_digit, key=by_digit.get) for f in (max, min))
+        parts.append(
+            f"The easiest digit is {easiest}, with a test MSE of "
+            f"{by_digit[easiest]:.5f}, the hardest {hardest}, with "
+            f"{by_digit[hardest]:.5f}."
+        )
+    if metrics["mse_inside_digit"] is None:
+        parts.append("Where the digits are is not known for this data.")
+    else:
+        parts.append(
+            f"Inside the digits the MSE is {metrics['mse_inside_digit']:.5f}, outside "
+            f"them {metrics['mse_outside_digit']:.5f}."
+        )
+    if metrics["knn_accuracy"] is not None:
+        accuracy = metrics["knn_accuracy"]
+        rows = [
+            (name, f"{100 * accuracy[key]:.1f} %")
+            for name, key in (
+                ("the CNN's code", "cnn_code"),
+                ("PCA's code of the same size", "pca_code"),
+                ("the pixels", "pixels"),
+            )
+        ]
+        table = utils.markdown_table(("5 nearest neighbours in", "accuracy"), rows)
+        return " ".join(parts) + "\n\n" + table
+    return " ".join(parts)
 
 
 def main() -> None:
@@ -253,11 +404,16 @@ def main() -> None:
 
     history = train(autoencoder, train_split.images, valid.images, options, folder)
 
-    metrics = evaluate(autoencoder, train_split.images, test.images)
-    draw_loss(options.figures / "q1_loss.png", history, metrics)
+    errors = squared_errors(autoencoder, test.images)
+    masks = read_masks(Path(options.data), len(test.images))
+    metrics = evaluate(autoencoder, train_split, test, errors, masks)
+    figures = options.figures
+    draw_loss(figures / "q1_loss.png", history, metrics)
     draw_reconstructions(
-        options.figures / "q1_reconstructions.png", autoencoder, test, options.seed
+        figures / "q1_reconstructions.png", autoencoder, test, options.seed
     )
+    draw_extremes(figures / "q1_extremes.png", autoencoder, test.images, errors)
+    draw_errors(figures / "q1_errors.png", metrics, errors)
     metrics["training_seconds"] = float(history["seconds"].sum())
     metrics = utils.write_metrics(options, metrics, started)
     if options.updates_report:

@@ -501,7 +501,7 @@ def draw_prior_match(path: Path, codes: np.ndarray, match: Mapping[str, float]) 
             )
         spectrum.set(yscale="log", title="covariance spectrum", xlabel="rank")
         spectrum.set_ylabel("eigenvalue")
-        spectrum.legend()
+        spectrum.legend(loc="lower left")
 
         squared = np.square(codes, dtype=np.float64).sum(axis=1)
         high = max(

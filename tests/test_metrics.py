@@ -20,14 +20,23 @@ def test_pca_restores_what_lies_in_its_subspace():
     basis = RNG.random((4, 60))
     low_rank = lambda n: (RNG.random((n, 4)) @ basis * 60).astype(np.uint8)  # noqa: E731
     train, test = low_rank(300), low_rank(50)
-    few = metrics.pca_reconstruction_mse(train, test, 2)
-    enough = metrics.pca_reconstruction_mse(train, test, 4)
-    everything = metrics.pca_reconstruction_mse(train, test, 60)
+    few, enough, everything = (
+        metrics.pca_reconstruction_mse(metrics.fit_pca(train, n), test)
+        for n in (2, 4, 60)
+    )
     assert few > 50 * enough
     assert enough < 1e-4  # truncation to whole grey levels is left over
     assert everything < 1e-8
     mean = train.mean(axis=0) / 255
     assert few < np.square(test / 255 - mean).mean()
+
+
+def test_knn_accuracy_counts_right_majorities():
+    train = np.array([[0], [0.1], [0.2], [9], [9.1]], np.float32)
+    labels = np.array([3, 3, 4, 5, 5])
+    test = np.array([[0.05], [9.05], [0.3]], np.float32)
+    found = metrics.knn_accuracy(train, labels, test, np.array([3, 5, 4]), 3)
+    assert found == pytest.approx(2 / 3)
 
 
 def test_prior_match_accepts_draws_from_the_prior():

@@ -5,7 +5,9 @@ import utils
 import keras
 import numpy as np
 import pytest
+from conftest import tiny_digits
 
+import make_data
 import q1_cnn_autoencoder as q1
 from read_MNIST_M import load_mnist_m
 
@@ -36,12 +38,36 @@ def test_training_beats_the_mean_image(tiny_data, tmp_path):
     autoencoder = q1.build_autoencoder(16)
     folder = utils.RunFolder(options)
     history = q1.train(autoencoder, train.images, valid.images, options, folder)
-    metrics = q1.evaluate(autoencoder, train.images, test.images)
-    restored = q1.reconstruct(autoencoder, test.images)
+    found = q1.squared_errors(autoencoder, test.images)
+    masks = test.images[..., 0] > 128
+    metrics = q1.evaluate(autoencoder, train, test, found, masks)
+    restored = q1.predict(autoencoder, test.images)
     errors = restored.astype(np.float64) - test.images / 255
     assert metrics["test_mse"] == pytest.approx(np.mean(errors**2), rel=1e-4)
     mean_image = train.images.mean(axis=0) / 255
     assert metrics["test_mse"] < 0.8 * np.mean((test.images / 255 - mean_image) ** 2)
     assert metrics["pca_test_mse"] < metrics["test_mse"]  # it saw too few images
+    inside = np.mean(errors[masks] ** 2)
+    assert metrics["mse_inside_digit"] == pytest.approx(inside, rel=1e-4)
+    weights = np.bincount(test.labels) / len(test.labels)
+    by_digit = list(metrics["digit_test_mse"].values())
+    assert weights @ by_digit == pytest.approx(metrics["test_mse"])
+    assert all(0 < value <= 1 for value in metrics["knn_accuracy"].values())
     assert list(history["epoch"]) == list(range(1, 13))
     assert history["loss"][-1] < history["loss"][0]
+
+
+def test_masks_are_those_that_inverted_the_photographs(tmp_path, monkeypatch):
+    images, labels = tiny_digits()
+    one_hot = np.eye(10, dtype=np.uint8)[labels]
+    digits = (images[:1500], one_hot[:1500]), (images[1500:], one_hot[1500:])
+    monkeypatch.setattr(make_data, "find_digits", lambda: (digits, "small digits"))
+    white = [np.full((30, 30, 3), 255, np.uint8)]
+    monkeypatch.setattr(make_data, "find_backgrounds", lambda _: (white, "white"))
+    make_data.build(tmp_path)
+    path = tmp_path / "MNIST_M.npy"
+    test = load_mnist_m(path)[2]
+    masks = q1.read_masks(path, len(test.images))
+    np.testing.assert_array_equal(masks, test.images[..., 0] == 0)
+    (tmp_path / "data_sources.json").unlink()
+    assert q1.read_masks(path, len(test.images)) is None
