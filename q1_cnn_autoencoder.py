@@ -21,6 +21,7 @@ import utils
 import keras
 import numpy as np
 import tensorflow as tf
+from sklearn.decomposition import PCA
 
 from make_data import describe_source
 from metrics import (
@@ -40,6 +41,8 @@ BATCH_SIZE = 128
 LEARNING_RATE = 1e-3  # decays to zero along a cosine
 WIDTHS = (32, 64)  # channels at 14x14 and at 7x7
 SHOWN = 10  # images in the figure of reconstructions
+SWEEP = (16, 32, 64, 128, 256)  # code sizes of --sweep
+BASELINE_SEEDS = (1, 2)  # beside the default 0, for the spread
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -54,28 +57,52 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         learning_rate=LEARNING_RATE,
         code_dim=CODE_DIM,
     )
+    parser.add_argument(
+        "--sweep",
+        action="store_true",
+        help="instead: train at code sizes "
+        f"{', '.join(map(str, SWEEP))} and compare with PCA (about 40 minutes)",
+    )
+    parser.add_argument(
+        "--baselines",
+        action="store_true",
+        help="instead: train the report's variants and other seeds (about 40 minutes)",
+    )
     return utils.complete_options(parser.parse_args(arguments))
 
 
 # Model -----------------------------------------------------------------------------
 
 
-def build_autoencoder(code_dim: int = CODE_DIM) -> keras.Model:
+def build_autoencoder(
+    code_dim: int = CODE_DIM, with_mask: bool = False, pca: PCA | None = None
+) -> keras.Model:
     """Build the autoencoder, its halves the layers `encoder` and `decoder`.
+
+    The last two arguments are for the baselines: two leads that look promising on
+    MNIST-M and are measured in the report.
 
     Args:
         code_dim: numbers in the code.
+        with_mask: the decoder makes a photograph b and a mask m apart and composes
+            them as MNIST-M does, b + m (1 - 2 b).
+        pca: a linear path from image to code and back runs beside the convolutions,
+            and training starts at this PCA.
 
     Returns:
         A model from float32 images (N, 28, 28, 3) in [0, 1] to the same.
     """
-    layers = keras.layers
+    layers, ops = keras.layers, keras.ops
+    start = "zeros" if pca else "glorot_uniform"
     image = keras.Input((28, 28, 3))
     x = image
     for width in WIDTHS:
         x = layers.Conv2D(width, 4, strides=2, padding="same", activation="relu")(x)
     x = layers.Conv2D(WIDTHS[-1], 3, padding="same", activation="relu")(x)
-    code = layers.Dense(code_dim)(layers.Flatten()(x))
+    code = layers.Dense(code_dim, kernel_initializer=start)(layers.Flatten()(x))
+    if pca:
+        linear_code = layers.Dense(code_dim, name="linear")
+        code = code + linear_code(layers.Flatten()(image))
     encoder = keras.Model(image, code, name="encoder")
 
     code = keras.Input((code_dim,))
@@ -86,10 +113,28 @@ def build_autoencoder(code_dim: int = CODE_DIM) -> keras.Model:
         x = layers.Conv2DTranspose(
             width, 4, strides=2, padding="same", activation="relu"
         )(x)
-    restored = layers.Conv2DTranspose(
-        3, 4, strides=2, padding="same", activation="sigmoid"
+    channels = 4 if with_mask else 3
+    x = layers.Conv2DTranspose(
+        channels, 4, strides=2, padding="same", kernel_initializer=start
     )(x)
+    if pca:
+        linear_image = layers.Dense(28 * 28 * 3, name="linear")
+        restored = x[..., :3] + layers.Reshape((28, 28, 3))(linear_image(code))
+    else:
+        restored = ops.sigmoid(x[..., :3])
+    if with_mask:
+        # From PCA, start with hardly any mask, so that training begins where PCA ends.
+        mask = ops.sigmoid(x[..., 3:] - (3.0 if pca else 0.0))
+        restored = restored + mask * (1.0 - 2.0 * restored)
+    if pca:
+        restored = ops.clip(restored, 0.0, 1.0)
     decoder = keras.Model(code, restored, name="decoder")
+    if pca:
+        # Codes of unit variance suit Adam, whose steps are of one size for all.
+        scale = np.sqrt(pca.explained_variance_)[:, np.newaxis]
+        projection = (pca.components_ / scale).T
+        linear_code.set_weights([projection, -pca.mean_ @ projection])
+        linear_image.set_weights([pca.components_ * scale, pca.mean_])
 
     image = keras.Input((28, 28, 3))
     return keras.Model(image, decoder(encoder(image)), name="autoencoder")
@@ -391,13 +436,160 @@ def _error_block(metrics: Mapping[str, Any]) -> str:
     return " ".join(parts)
 
 
+# Comparisons -----------------------------------------------------------------------
+
+
+def train_another(
+    options: argparse.Namespace,
+    splits: Sequence[Split],
+    name: str,
+    code_dim: int,
+    seed: int,
+    with_mask: bool = False,
+    pca: PCA | None = None,
+) -> dict[str, Any]:
+    """Train an autoencoder in a folder of its own within the run folder.
+
+    Args:
+        options: the completed command line.
+        splits: train, validation and test.
+        name: of the folder.
+        code_dim: numbers in the code.
+        seed: of weights and order.
+        with_mask: see `build_autoencoder`.
+        pca: see `build_autoencoder`.
+
+    Returns:
+        `code_dim`, `seed`, `validation_mse`, `test_mse` and `training_seconds`.
+    """
+    train_split, valid, test = splits
+    own = options.run_dir / name
+    changes = {"code_dim": code_dim, "seed": seed, "run_dir": own, "figures": own}
+    own_options = argparse.Namespace(**vars(options) | changes)
+    folder = utils.RunFolder(own_options)
+    keras.utils.set_random_seed(seed)
+    autoencoder = build_autoencoder(code_dim, with_mask, pca)
+    print(f"Training {own}.")
+    history = train(autoencoder, train_split.images, valid.images, own_options, folder)
+    errors = squared_errors(autoencoder, test.images)
+    return {
+        "code_dim": code_dim,
+        "seed": seed,
+        "validation_mse": float(history["val_loss"][-1]),
+        "test_mse": float(np.mean(errors, dtype=np.float64)),
+        "training_seconds": float(history["seconds"].sum()),
+    }
+
+
+def sweep(options: argparse.Namespace, splits: Sequence[Split]) -> dict[str, str]:
+    """Train at each code size; draw the rates against the distortions.
+
+    Returns:
+        The report's block.
+    """
+    train_split, _, test = splits
+    started = time.perf_counter()
+    rows = []
+    for code_dim in SWEEP:
+        name = f"sweep/{code_dim}"
+        row = train_another(options, splits, name, code_dim, options.seed)
+        pca = fit_pca(train_split.images, code_dim)
+        row["pca_test_mse"] = pca_reconstruction_mse(pca, test.images)
+        rows.append(row)
+    seconds = sum(row["training_seconds"] for row in rows)
+    metrics = {"sweep": rows, "training_seconds": seconds}
+    metrics = utils.write_metrics(options, metrics, started, "q1_sweep_metrics.json")
+    draw_rate_distortion(options.figures / "q1_rate_distortion.png", rows)
+    table = utils.markdown_table(
+        ("code", "CNN test MSE", "PCA test MSE", "ratio", "CNN PSNR (dB)", "PCA PSNR"),
+        [
+            (
+                str(row["code_dim"]),
+                *(f"{row[key]:.5f}" for key in ("test_mse", "pca_test_mse")),
+                f"{row['test_mse'] / row['pca_test_mse']:.2f}",
+                *(f"{psnr_db(row[key]):.2f}" for key in ("test_mse", "pca_test_mse")),
+            )
+            for row in rows
+        ],
+    )
+    return {"q1.sweep": f"{table}\n\n{utils.provenance(metrics)}"}
+
+
+def draw_rate_distortion(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
+    """Draw test MSE and PSNR against the code's size, of the CNN and of PCA."""
+    sizes = [row["code_dim"] for row in rows]
+    ratios = [row["test_mse"] / row["pca_test_mse"] for row in rows]
+    with utils.figure(path, 1, 2, (8, 3.4)) as (figure, (mse, psnr)):
+        figure.suptitle(
+            f"The CNN's test error is {min(ratios):.2f} to {max(ratios):.2f} times "
+            "that of PCA with a code of the same size",
+            fontsize=11,
+        )
+        for key, style, label in (
+            ("test_mse", "o-", "CNN"),
+            ("pca_test_mse", "s--", "PCA"),
+        ):
+            values = [row[key] for row in rows]
+            mse.plot(sizes, values, style, ms=4, label=label)
+            psnr.plot(sizes, [psnr_db(v) for v in values], style, ms=4, label=label)
+        mse.set(yscale="log", ylabel="test mean squared error (pixels in 0..1)")
+        psnr.set(ylabel="test PSNR (dB)")
+        for axes in (mse, psnr):
+            axes.set_xscale("log", base=2)
+            axes.set(xlabel="numbers in the code", xticks=sizes)
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.legend()
+
+
+def baselines(options: argparse.Namespace, splits: Sequence[Split]) -> dict[str, str]:
+    """Train the default under other seeds, and the two leads of `build_autoencoder`.
+
+    Returns:
+        The report's block.
+    """
+    started = time.perf_counter()
+    code_dim = options.code_dim
+    pca = fit_pca(splits[0].images, code_dim)
+    rows = {}
+    for name, seed, choices in (
+        *((f"CNN, seed {seed}", seed, {}) for seed in BASELINE_SEEDS),
+        ("CNN with a mask", options.seed, {"with_mask": True}),
+        ("CNN that starts at PCA", options.seed, {"pca": pca}),
+        ("CNN with both", options.seed, {"with_mask": True, "pca": pca}),
+    ):
+        folder = "baselines/" + name.replace(",", "").replace(" ", "_")
+        rows[name] = train_another(options, splits, folder, code_dim, seed, **choices)
+    seconds = sum(row["training_seconds"] for row in rows.values())
+    metrics = {"baselines": rows, "training_seconds": seconds}
+    metrics = utils.write_metrics(
+        options, metrics, started, "q1_baselines_metrics.json"
+    )
+    table = utils.markdown_table(
+        ("autoencoder, trained as long", "validation MSE", "test MSE", "minutes"),
+        [
+            (
+                name,
+                f"{row['validation_mse']:.5f}",
+                f"{row['test_mse']:.5f}",
+                f"{row['training_seconds'] / 60:.1f}",
+            )
+            for name, row in rows.items()
+        ],
+    )
+    return {"q1.baselines": f"{table}\n\n{utils.provenance(metrics)}"}
+
+
 def main() -> None:
     """Answer question 1."""
     started = time.perf_counter()
     options = parse_options()
-    train_split, valid, test = utils.limit_splits(
-        load_mnist_m(options.data), options.quick
-    )
+    splits = utils.limit_splits(load_mnist_m(options.data), options.quick)
+    train_split, valid, test = splits
+    if options.sweep or options.baselines:
+        blocks = (sweep if options.sweep else baselines)(options, splits)
+        if options.updates_report:
+            utils.update_report(blocks)
+        return
     folder = utils.RunFolder(options)
     keras.utils.set_random_seed(options.seed)
     autoencoder = build_autoencoder(options.code_dim)

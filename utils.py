@@ -47,6 +47,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 with _without_start_up_notes():
     import keras
     import tensorflow as tf
+tf.get_logger().setLevel("ERROR")  # it warns of each new model's first trace
 
 import matplotlib  # noqa: E402
 
@@ -487,14 +488,18 @@ def image_grid(
 
 
 def write_metrics(
-    options: argparse.Namespace, metrics: Mapping[str, Any], started: float
+    options: argparse.Namespace,
+    metrics: Mapping[str, Any],
+    started: float,
+    file_name: str | None = None,
 ) -> dict[str, Any]:
-    """Write a run's metrics with where they come from as `NAME_metrics.json`.
+    """Write a run's metrics with where they come from.
 
     Args:
         options: the completed command line.
         metrics: the numbers.
         started: `time.perf_counter()` at the run's start.
+        file_name: in the folder of the figures; by default `NAME_metrics.json`.
 
     Returns:
         What was written.
@@ -509,7 +514,8 @@ def write_metrics(
         | {package: version(package) for package in PACKAGES},
         "wall_seconds": time.perf_counter() - started,
     }
-    with replacing(options.figures / f"{options.name}_metrics.json") as temporary:
+    path = options.figures / (file_name or f"{options.name}_metrics.json")
+    with replacing(path) as temporary:
         temporary.write_text(json.dumps(complete, indent=2) + "\n", encoding="utf-8")
     return complete
 
