@@ -36,9 +36,9 @@ from read_MNIST_M import NUM_CLASSES, DataError, Split, load_digits, load_mnist_
 # Hyperparameters -------------------------------------------------------------------
 
 CODE_DIM = 128
-EPOCHS = 15
+EPOCHS = 12
 BATCH_SIZE = 128
-LEARNING_RATE = 1e-3  # decays to zero along a cosine
+LEARNING_RATE = 2e-3  # decays to zero along a cosine
 WIDTHS = (32, 64)  # channels at 14x14 and at 7x7
 SHOWN = 10  # images in the figure of reconstructions
 SWEEP = (16, 32, 64, 128, 256)  # code sizes of --sweep
