@@ -466,6 +466,7 @@ def train_another(
     own = options.run_dir / name
     changes = {"code_dim": code_dim, "seed": seed, "run_dir": own, "figures": own}
     own_options = argparse.Namespace(**vars(options) | changes)
+    own_options.resume = options.resume and utils.RunFolder.holds_a_run(own)
     folder = utils.RunFolder(own_options)
     keras.utils.set_random_seed(seed)
     autoencoder = build_autoencoder(code_dim, with_mask, pca)

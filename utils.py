@@ -61,6 +61,8 @@ from read_MNIST_M import DataError, Split  # noqa: E402
 FIGURES = "figures"
 REPORT = "report.md"
 QUICK_SIZES = (2_000, 200, 500)  # train, validation and test images
+LEAST_SIZES = (100, 1, 20)
+SETTINGS, CHECKPOINT = "settings.json", "checkpoint.weights.h5"
 PACKAGES = ("tensorflow", "keras", "numpy", "scikit-learn", "openTSNE", "matplotlib")
 
 # Readable in grey: dark, light and dashed differ without colour.
@@ -221,13 +223,26 @@ def complete_options(options: argparse.Namespace) -> argparse.Namespace:
 
 
 def limit_splits(splits: Sequence[Split], quick: bool) -> list[Split]:
-    """Return the splits, under `--quick` only the first images of each."""
-    if not quick:
-        return list(splits)
-    return [
-        Split(images[:size], None if labels is None else labels[:size])
-        for (images, labels), size in zip(splits, QUICK_SIZES, strict=True)
-    ]
+    """Return the splits, under `--quick` only the first images of each.
+
+    Raises:
+        UsageError: a split has fewer images than training and measuring take.
+    """
+    limited = []
+    for (images, labels), size, least, name in zip(
+        splits,
+        QUICK_SIZES,
+        LEAST_SIZES,
+        ("training", "validation", "test"),
+        strict=True,
+    ):
+        if len(images) < least:
+            raise UsageError(
+                f"--data: found {len(images)} {name} images, expected {least} or more"
+            )
+        end = size if quick else None
+        limited.append(Split(images[:end], None if labels is None else labels[:end]))
+    return limited
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:
@@ -301,16 +316,16 @@ class RunFolder:
     def __init__(self, options: argparse.Namespace) -> None:
         self.path: Path = options.run_dir
         self.history_path: Path = options.figures / f"{options.name}_history.csv"
-        self.checkpoint = self.path / "checkpoint.weights.h5"
+        self.checkpoint = self.path / CHECKPOINT
         self.rows: list[dict[str, float]] = []
-        settings_path = self.path / "settings.json"
+        settings_path = self.path / SETTINGS
         may_change = {"epochs", "resume", "figures", "run_dir", "updates_report"}
         settings = {
             key: value for key, value in vars(options).items() if key not in may_change
         }
         if options.resume:
-            if not self.checkpoint.exists():
-                raise UsageError(f"--resume: found no {self.checkpoint}, expected one")
+            if not self.holds_a_run(self.path):
+                raise UsageError(f"--resume: found no {settings_path}, expected one")
             before = json.loads(settings_path.read_text(encoding="utf-8"))
             changed = [key for key in settings if settings[key] != before.get(key)]
             if changed:
@@ -324,6 +339,11 @@ class RunFolder:
             with replacing(settings_path) as temporary:
                 temporary.write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
+    @staticmethod
+    def holds_a_run(path: Path) -> bool:
+        """Say whether a folder holds a run to resume."""
+        return (path / SETTINGS).exists()
+
     def restore(self, model: keras.Model, steps_per_epoch: int) -> int:
         """Load the checkpoint and the history if there is one.
 
@@ -335,7 +355,7 @@ class RunFolder:
             How many epochs are done.
         """
         if not self.checkpoint.exists():
-            return 0
+            return 0  # new, or interrupted before its first epoch ended
         model.load_weights(self.checkpoint)
         # The weights' own step count, so that no second file can disagree with them.
         done = int(model.optimizer.iterations.numpy()) // steps_per_epoch
@@ -395,10 +415,8 @@ class RunFolder:
         return {key: np.array([row[key] for row in self.rows]) for key in self.rows[0]}
 
     def record(self, model: keras.Model, row: dict[str, float]) -> None:
-        """Add an epoch to the history and save the checkpoint, then the history."""
+        """Add an epoch to the history and save it, then the checkpoint."""
         self.rows.append(row)
-        with replacing(self.checkpoint) as temporary:
-            model.save_weights(temporary)
         with (
             replacing(self.history_path) as temporary,
             temporary.open("w", newline="", encoding="utf-8") as file,
@@ -406,6 +424,9 @@ class RunFolder:
             writer = csv.DictWriter(file, fieldnames=list(row))
             writer.writeheader()
             writer.writerows(self.rows)
+        # Last, so that a run killed in between finds no row of its history missing.
+        with replacing(self.checkpoint) as temporary:
+            model.save_weights(temporary)
 
 
 class _Recorder(keras.callbacks.Callback):

@@ -5,7 +5,7 @@ import utils
 import numpy as np
 import pytest
 
-from read_MNIST_M import DataError
+from read_MNIST_M import DataError, Split
 
 
 def parser():
@@ -101,6 +101,17 @@ def test_epochs_have_orders_of_their_own_that_resuming_repeats():
     assert len({tuple(order) for order in whole}) == 4
     np.testing.assert_array_equal(whole[2:], epoch_orders(2, 2))
     assert not np.array_equal(whole, epoch_orders(0, 4, seed=4))
+
+
+def test_splits_too_small_to_measure_are_refused():
+    def split(count):
+        return Split(np.zeros((count, 784), np.uint8), None)
+
+    whole = [split(3000), split(300), split(600)]
+    assert [len(s.images) for s in utils.limit_splits(whole, True)] == [2000, 200, 500]
+    assert [len(s.images) for s in utils.limit_splits(whole, False)] == [3000, 300, 600]
+    with pytest.raises(utils.UsageError, match="found 19 test images"):
+        utils.limit_splits([*whole[:2], split(19)], False)
 
 
 def test_report_blocks_are_rewritten_and_prose_is_kept(tmp_path):
