@@ -319,9 +319,10 @@ class RunFolder:
         self.checkpoint = self.path / CHECKPOINT
         self.rows: list[dict[str, float]] = []
         settings_path = self.path / SETTINGS
-        may_change = {"epochs", "resume", "figures", "run_dir", "updates_report"}
+        fixed = {"data", "batch_size", "learning_rate", "code_dim", "seed", "quick"}
+        fixed |= {"encoder", "encoder_loss"}  # question 2's
         settings = {
-            key: value for key, value in vars(options).items() if key not in may_change
+            key: vars(options)[key] for key in sorted(fixed & set(vars(options)))
         }
         if options.resume:
             if not self.holds_a_run(self.path):
@@ -391,27 +392,30 @@ class RunFolder:
 
         Returns:
             The history: a column a quantity, a value an epoch.
+
+        Raises:
+            UsageError: a loss is no longer finite.
         """
         batch_size = min(options.batch_size, len(images))
         steps = len(images) // batch_size
         done = self.restore(model, steps)
         batches = shuffled_batches(images, batch_size, options.seed, done)
-        try:
-            if done < options.epochs:
+        if done < options.epochs:
+            try:
                 model.fit(
                     batches.map(prepare),
                     epochs=options.epochs,
                     initial_epoch=done,
                     steps_per_epoch=steps,
                     validation_data=validation_data,
-                    callbacks=[_Recorder(self), keras.callbacks.TerminateOnNaN()],
+                    callbacks=[_Recorder(self)],
                     shuffle=False,
                     verbose=1 if sys.stdout.isatty() else 2,
                 )
-        finally:
-            for name, part in models.items():
-                with replacing(self.path / f"{name}.keras") as temporary:
-                    part.save(temporary)
+            except KeyboardInterrupt:
+                self.save(models)
+                raise
+        self.save(models)
         return {key: np.array([row[key] for row in self.rows]) for key in self.rows[0]}
 
     def record(self, model: keras.Model, row: dict[str, float]) -> None:
@@ -428,15 +432,37 @@ class RunFolder:
         with replacing(self.checkpoint) as temporary:
             model.save_weights(temporary)
 
+    def save(self, models: Mapping[str, keras.Model]) -> None:
+        """Save each model as NAME.keras."""
+        for name, model in models.items():
+            with replacing(self.path / f"{name}.keras") as temporary:
+                model.save(temporary)
+
 
 class _Recorder(keras.callbacks.Callback):
     def __init__(self, folder: RunFolder) -> None:
         super().__init__()
         self.folder = folder
+        self.epoch = 0
         self.started = 0.0
 
     def on_epoch_begin(self, epoch: int, logs: Mapping | None = None) -> None:
+        self.epoch = epoch
         self.started = time.perf_counter()
+
+    def on_train_batch_end(self, batch: int, logs: Mapping | None = None) -> None:
+        for name, value in (logs or {}).items():
+            if not np.isfinite(value):
+                good = (
+                    f"the last good weights are in {self.folder.checkpoint}"
+                    if self.folder.rows
+                    else "no epoch before it ended well"
+                )
+                raise UsageError(
+                    f"{name}: found {value} at step {batch + 1} of epoch "
+                    f"{self.epoch + 1}, expected a finite number; {good} "
+                    "(is --learning-rate too large?)"
+                )
 
     def on_epoch_end(self, epoch: int, logs: Mapping | None = None) -> None:
         seconds = time.perf_counter() - self.started

@@ -71,6 +71,15 @@ def history(question, folder):
         return list(csv.DictReader(file))
 
 
+def test_another_setting_under_resume_is_refused(tiny_data, tmp_path):
+    data = tiny_data / "MNIST_M.npy"
+    assert run("q1", tmp_path, data, "--epochs", "1").returncode == 0
+    done = run("q1", tmp_path, data, "--resume", "--code-dim", "7")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "--code-dim 7, expected 128" in done.stderr
+
+
 def check_outputs(question, folder):
     for name in FIGURES[question]:
         image = plt.imread(folder / "figures" / f"{name}.png")
@@ -198,3 +207,12 @@ def test_resume_without_a_run_is_one_line_and_code_2(tiny_data, tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "--resume" in done.stderr
+
+
+def test_loss_that_is_no_number_is_one_line_and_code_2(tiny_data, tmp_path):
+    data = tiny_data / "data.npy"
+    done = run("q2", tmp_path, data, "--learning-rate", "1e30", "--epochs", "2")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "expected a finite number" in done.stderr
+    assert not (tmp_path / "run" / "encoder.keras").exists()
