@@ -566,7 +566,7 @@ def baselines(options: argparse.Namespace, splits: Sequence[Split]) -> dict[str,
         options, metrics, started, "q1_baselines_metrics.json"
     )
     table = utils.markdown_table(
-        ("autoencoder, trained as long", "validation MSE", "test MSE", "minutes"),
+        ("autoencoder", "validation MSE", "test MSE", "minutes"),
         [
             (
                 name,
