@@ -22,6 +22,19 @@ def psnr_db(mse: float) -> float:
     return -10.0 * math.log10(max(mse, np.finfo(np.float64).tiny))
 
 
+def mean_image_mse(train_images: np.ndarray, images: np.ndarray) -> float:
+    """Measure the reconstruction that knows nothing: the mean training image.
+
+    Args:
+        train_images: uint8 (N, ...), 0..255.
+        images: uint8 (M, ...), to reconstruct.
+
+    Returns:
+        Mean squared error over pixels and images, pixels in [0, 1].
+    """
+    return float(np.square((images - train_images.mean(axis=0)) / 255).mean())
+
+
 def fit_pca(train_images: np.ndarray, n_components: int) -> PCA:
     """Fit the best linear autoencoder with a code of the same size.
 

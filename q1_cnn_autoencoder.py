@@ -11,6 +11,7 @@ linear autoencoder, so it is the baseline.
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from metrics import (
     as_unit_floats,
     fit_pca,
     knn_accuracy,
+    mean_image_mse,
     pca_reconstruction_mse,
     psnr_db,
 )
@@ -38,11 +40,12 @@ from read_MNIST_M import NUM_CLASSES, DataError, Split, load_digits, load_mnist_
 CODE_DIM = 128
 EPOCHS = 12
 BATCH_SIZE = 128
-LEARNING_RATE = 2e-3  # decays to zero along a cosine
+LEARNING_RATE = 5e-3  # reached in the first epoch, then decays along a cosine to 0
+ACTIVATION = "gelu"  # not "relu", by far: see the report's baselines
 WIDTHS = (32, 64)  # channels at 14x14 and at 7x7
 SHOWN = 10  # images in the figure of reconstructions
 SWEEP = (16, 32, 64, 128, 256)  # code sizes of --sweep
-BASELINE_SEEDS = (1, 2)  # beside the default 0, for the spread
+BASELINE_SEEDS = (0, 1, 2)
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -75,7 +78,10 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def build_autoencoder(
-    code_dim: int = CODE_DIM, with_mask: bool = False, pca: PCA | None = None
+    code_dim: int = CODE_DIM,
+    activation: str = ACTIVATION,
+    with_mask: bool = False,
+    pca: PCA | None = None,
 ) -> keras.Model:
     """Build the autoencoder, its halves the layers `encoder` and `decoder`.
 
@@ -84,6 +90,7 @@ def build_autoencoder(
 
     Args:
         code_dim: numbers in the code.
+        activation: of the hidden layers, by Keras's name.
         with_mask: the decoder makes a photograph b and a mask m apart and composes
             them as MNIST-M does, b + m (1 - 2 b).
         pca: a linear path from image to code and back runs beside the convolutions,
@@ -93,12 +100,13 @@ def build_autoencoder(
         A model from float32 images (N, 28, 28, 3) in [0, 1] to the same.
     """
     layers, ops = keras.layers, keras.ops
+    hidden = {"padding": "same", "activation": activation}
     start = "zeros" if pca else "glorot_uniform"
     image = keras.Input((28, 28, 3))
     x = image
     for width in WIDTHS:
-        x = layers.Conv2D(width, 4, strides=2, padding="same", activation="relu")(x)
-    x = layers.Conv2D(WIDTHS[-1], 3, padding="same", activation="relu")(x)
+        x = layers.Conv2D(width, 4, strides=2, **hidden)(x)
+    x = layers.Conv2D(WIDTHS[-1], 3, **hidden)(x)
     code = layers.Dense(code_dim, kernel_initializer=start)(layers.Flatten()(x))
     if pca:
         linear_code = layers.Dense(code_dim, name="linear")
@@ -106,13 +114,11 @@ def build_autoencoder(
     encoder = keras.Model(image, code, name="encoder")
 
     code = keras.Input((code_dim,))
-    x = layers.Dense(7 * 7 * WIDTHS[-1], activation="relu")(code)
+    x = layers.Dense(7 * 7 * WIDTHS[-1], activation=activation)(code)
     x = layers.Reshape((7, 7, WIDTHS[-1]))(x)
-    x = layers.Conv2DTranspose(WIDTHS[-1], 3, padding="same", activation="relu")(x)
+    x = layers.Conv2DTranspose(WIDTHS[-1], 3, **hidden)(x)
     for width in reversed(WIDTHS[:-1]):
-        x = layers.Conv2DTranspose(
-            width, 4, strides=2, padding="same", activation="relu"
-        )(x)
+        x = layers.Conv2DTranspose(width, 4, strides=2, **hidden)(x)
     channels = 4 if with_mask else 3
     x = layers.Conv2DTranspose(
         channels, 4, strides=2, padding="same", kernel_initializer=start
@@ -167,7 +173,10 @@ def train(
     """
     steps = max(1, len(train_images) // options.batch_size)
     schedule = keras.optimizers.schedules.CosineDecay(
-        options.learning_rate, options.epochs * steps
+        0.0,
+        max(1, (options.epochs - 1) * steps),
+        warmup_target=options.learning_rate,
+        warmup_steps=steps,
     )
     autoencoder.compile(keras.optimizers.Adam(schedule), "mse", jit_compile=False)
     autoencoder.optimizer.build(autoencoder.trainable_variables)
@@ -185,15 +194,9 @@ def train(
 # Evaluation ------------------------------------------------------------------------
 
 
-def predict(model: keras.Model, images: np.ndarray) -> np.ndarray:
-    """Return what a model makes of uint8 images, scaled to [0, 1]."""
-    batches = tf.data.Dataset.from_tensor_slices(images).batch(250)
-    return model.predict(batches.map(utils.unit_floats), verbose=0)
-
-
 def squared_errors(autoencoder: keras.Model, images: np.ndarray) -> np.ndarray:
     """Return the squared errors, float32 (N, 28, 28, 3), pixels in [0, 1]."""
-    return np.square(predict(autoencoder, images) - images / np.float32(255))
+    return np.square(utils.predict(autoencoder, images) - images / np.float32(255))
 
 
 def read_masks(data: Path, count: int) -> np.ndarray | None:
@@ -240,13 +243,12 @@ def evaluate(
     test_mse = float(np.mean(errors, dtype=np.float64))
     pca = fit_pca(train.images, code_dim)
     pca_mse = pca_reconstruction_mse(pca, test.images)
-    from_mean = (test.images - train.images.mean(axis=0)) / 255
     found = {
         "test_mse": test_mse,
         "test_psnr_db": psnr_db(test_mse),
         "pca_test_mse": pca_mse,
         "pca_test_psnr_db": psnr_db(pca_mse),
-        "mean_image_test_mse": float(np.square(from_mean).mean()),
+        "mean_image_test_mse": mean_image_mse(train.images, test.images),
         "code_dim": code_dim,
         "parameters": autoencoder.count_params(),
         "digit_test_mse": None,
@@ -265,7 +267,7 @@ def evaluate(
             if (test.labels == digit).any()
         }
         codes = {
-            "cnn_code": lambda images: predict(encoder, images),
+            "cnn_code": lambda images: utils.predict(encoder, images),
             "pca_code": lambda images: pca.transform(as_unit_floats(images)),
             "pixels": as_unit_floats,
         }
@@ -320,7 +322,7 @@ def draw_reconstructions(
     rng = np.random.default_rng(seed)
     chosen = rng.permutation(len(test.images))[:SHOWN]
     images = test.images[chosen]
-    restored = predict(autoencoder, images)
+    restored = utils.predict(autoencoder, images)
     utils.image_grid(
         path,
         np.concatenate([images / 255, restored]),
@@ -347,7 +349,7 @@ def draw_extremes(
     chosen = np.concatenate(
         [order[:each], order[middle : middle + each], order[len(order) - each :]]
     )
-    restored = predict(autoencoder, images[chosen])
+    restored = utils.predict(autoencoder, images[chosen])
     utils.image_grid(
         path,
         np.concatenate([images[chosen] / 255, restored]),
@@ -445,8 +447,7 @@ def train_another(
     name: str,
     code_dim: int,
     seed: int,
-    with_mask: bool = False,
-    pca: PCA | None = None,
+    **choices: Any,
 ) -> dict[str, Any]:
     """Train an autoencoder in a folder of its own within the run folder.
 
@@ -456,8 +457,7 @@ def train_another(
         name: of the folder.
         code_dim: numbers in the code.
         seed: of weights and order.
-        with_mask: see `build_autoencoder`.
-        pca: see `build_autoencoder`.
+        **choices: of `build_autoencoder`.
 
     Returns:
         `code_dim`, `seed`, `validation_mse`, `test_mse` and `training_seconds`.
@@ -469,7 +469,7 @@ def train_another(
     own_options.resume = options.resume and utils.RunFolder.holds_a_run(own)
     folder = utils.RunFolder(own_options)
     keras.utils.set_random_seed(seed)
-    autoencoder = build_autoencoder(code_dim, with_mask, pca)
+    autoencoder = build_autoencoder(code_dim, **choices)
     print(f"Training {own}.")
     history = train(autoencoder, train_split.images, valid.images, own_options, folder)
     errors = squared_errors(autoencoder, test.images)
@@ -543,41 +543,52 @@ def draw_rate_distortion(path: Path, rows: Sequence[Mapping[str, float]]) -> Non
 
 
 def baselines(options: argparse.Namespace, splits: Sequence[Split]) -> dict[str, str]:
-    """Train the default under other seeds, and the two leads of `build_autoencoder`.
+    """Train the default under three seeds, and other designs of `build_autoencoder`.
 
     Returns:
         The report's block.
     """
     started = time.perf_counter()
+    train_split, _, test = splits
     code_dim = options.code_dim
-    pca = fit_pca(splits[0].images, code_dim)
+    pca = fit_pca(train_split.images, code_dim)
     rows = {}
     for name, seed, choices in (
-        *((f"CNN, seed {seed}", seed, {}) for seed in BASELINE_SEEDS),
-        ("CNN with a mask", options.seed, {"with_mask": True}),
-        ("CNN that starts at PCA", options.seed, {"pca": pca}),
-        ("CNN with both", options.seed, {"with_mask": True, "pca": pca}),
+        ("a plain CNN: ReLU in place of GELU", options.seed, {"activation": "relu"}),
+        ("ours with the mask", options.seed, {"with_mask": True}),
+        ("ours with the PCA start", options.seed, {"pca": pca}),
+        ("ours with both", options.seed, {"with_mask": True, "pca": pca}),
+        *((f"ours, seed {seed}", seed, {}) for seed in BASELINE_SEEDS),
     ):
-        folder = "baselines/" + name.replace(",", "").replace(" ", "_")
+        folder = "baselines/" + re.sub(r"\W+", "_", name)
         rows[name] = train_another(options, splits, folder, code_dim, seed, **choices)
-    seconds = sum(row["training_seconds"] for row in rows.values())
-    metrics = {"baselines": rows, "training_seconds": seconds}
+    by_seed = [rows[f"ours, seed {seed}"]["test_mse"] for seed in BASELINE_SEEDS]
+    metrics = {
+        "mean_image_test_mse": mean_image_mse(train_split.images, test.images),
+        "pca_test_mse": pca_reconstruction_mse(pca, test.images),
+        "baselines": rows,
+        "seed_spread": (max(by_seed) - min(by_seed)) / np.mean(by_seed),
+        "training_seconds": sum(row["training_seconds"] for row in rows.values()),
+    }
     metrics = utils.write_metrics(
         options, metrics, started, "q1_baselines_metrics.json"
     )
     table = utils.markdown_table(
-        ("autoencoder", "validation MSE", "test MSE", "minutes"),
+        ("autoencoder", "validation MSE", "test MSE"),
         [
-            (
-                name,
-                f"{row['validation_mse']:.5f}",
-                f"{row['test_mse']:.5f}",
-                f"{row['training_seconds'] / 60:.1f}",
-            )
-            for name, row in rows.items()
+            ("the mean image", "", f"{metrics['mean_image_test_mse']:.5f}"),
+            ("PCA", "", f"{metrics['pca_test_mse']:.5f}"),
+            *(
+                (name, f"{row['validation_mse']:.5f}", f"{row['test_mse']:.5f}")
+                for name, row in rows.items()
+            ),
         ],
     )
-    return {"q1.baselines": f"{table}\n\n{utils.provenance(metrics)}"}
+    spread = (
+        f"Between the {len(by_seed)} seeds, the largest test MSE is "
+        f"{100 * metrics['seed_spread']:.1f} % of their mean above the smallest."
+    )
+    return {"q1.baselines": f"{table}\n\n{spread}\n\n{utils.provenance(metrics)}"}
 
 
 def main() -> None:

@@ -308,12 +308,6 @@ class AdversarialAutoencoder(_Seeded, keras.Model):
 # Evaluation ------------------------------------------------------------------------
 
 
-def encode(encoder: keras.Model, images: np.ndarray) -> np.ndarray:
-    """Return the codes, float32 (N, D), of uint8 images (N, 784)."""
-    batches = tf.data.Dataset.from_tensor_slices(images).batch(500)
-    return encoder.predict(batches.map(utils.unit_floats), verbose=0)
-
-
 def decode(decoder: keras.Model, codes: np.ndarray) -> np.ndarray:
     """Return the images, float32 (N, 784) in [0, 1], of codes (N, D)."""
     return decoder.predict(codes.astype(np.float32), batch_size=500, verbose=0)
@@ -694,7 +688,7 @@ def main() -> None:
         discriminator=model.discriminator,
     )
 
-    test_codes = encode(model.encoder, test.images)
+    test_codes = utils.predict(model.encoder, test.images)
     prior = np.random.default_rng(options.seed).standard_normal(
         (SAMPLES, options.code_dim)
     )
@@ -714,7 +708,7 @@ def main() -> None:
     )
     draw_images(options.figures, model, test, test_codes, samples, options.seed)
     tsne_started = time.perf_counter()
-    points = embed(encode(model.encoder, train.images), options.seed)
+    points = embed(utils.predict(model.encoder, train.images), options.seed)
     metrics["tsne_seconds"] = time.perf_counter() - tsne_started
     draw_tsne(options.figures / "q2_tsne.png", points, train.labels)
 

@@ -305,6 +305,15 @@ def unit_floats(images: tf.Tensor) -> tf.Tensor:
     return tf.cast(images, tf.float32) / 255.0
 
 
+def predict(model: keras.Model, images: np.ndarray) -> np.ndarray:
+    """Return what a model makes, float32 (N, ...), of uint8 images (N, ...).
+
+    The model gets them as it was trained on them, scaled to [0, 1].
+    """
+    batches = tf.data.Dataset.from_tensor_slices(images).batch(250)
+    return model.predict(batches.map(unit_floats), verbose=0)
+
+
 class RunFolder:
     """A run's folder: its checkpoint, its settings, its models and its history.
 

@@ -41,7 +41,7 @@ def test_training_beats_the_mean_image(tiny_data, tmp_path):
     found = q1.squared_errors(autoencoder, test.images)
     masks = test.images[..., 0] > 128
     metrics = q1.evaluate(autoencoder, train, test, found, masks)
-    restored = q1.predict(autoencoder, test.images)
+    restored = utils.predict(autoencoder, test.images)
     errors = restored.astype(np.float64) - test.images / 255
     assert metrics["test_mse"] == pytest.approx(np.mean(errors**2), rel=1e-4)
     mean_image = train.images.mean(axis=0) / 255
