@@ -11,7 +11,7 @@ import scipy.special
 from sklearn.decomposition import PCA
 from sklearn.metrics import pairwise_distances_chunked
 from sklearn.metrics.pairwise import euclidean_distances
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
 # The Parzen window's bandwidths that are tried, in units of a pixel's range.
 PARZEN_SIGMAS = np.geomspace(0.08, 0.4, 15)
@@ -87,6 +87,24 @@ def knn_accuracy(
     )
     classifier.fit(train_codes, train_labels)
     return float(classifier.score(test_codes, test_labels))
+
+
+def nearest(
+    train_images: np.ndarray, images: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Find the training image nearest to each image.
+
+    Args:
+        train_images: uint8 (N, D), 0..255.
+        images: float (M, D) in [0, 1].
+
+    Returns:
+        Its index, int64 (M,), and its Euclidean distance, float (M,), pixels in [0, 1].
+    """
+    search = NearestNeighbors(n_neighbors=1, algorithm="brute")
+    search.fit(as_unit_floats(train_images))
+    distances, indices = search.kneighbors(images.astype(np.float32))
+    return indices[:, 0], distances[:, 0]
 
 
 def prior_match(

@@ -328,8 +328,8 @@ class RunFolder:
         self.checkpoint = self.path / CHECKPOINT
         self.rows: list[dict[str, float]] = []
         settings_path = self.path / SETTINGS
-        fixed = {"data", "batch_size", "learning_rate", "code_dim", "seed", "quick"}
-        fixed |= {"encoder", "encoder_loss"}  # question 2's
+        fixed = {"data", "epochs", "batch_size", "learning_rate", "code_dim", "seed"}
+        fixed |= {"quick", "encoder", "encoder_loss", "literal"}
         settings = {
             key: vars(options)[key] for key in sorted(fixed & set(vars(options)))
         }

@@ -20,14 +20,16 @@ import q2_aae  # noqa: F401  (registers what its saved models hold)
 HOME = Path(__file__).parents[1]
 SCRIPTS = {"q1": "q1_cnn_autoencoder.py", "q2": "q2_aae.py"}
 FIGURES = {
-    "q1": ["q1_loss", "q1_reconstructions"],
+    "q1": ["loss", "reconstructions", "extremes", "errors"],
     "q2": [
-        "q2_losses",
-        "q2_tsne",
-        "q2_reconstructions",
-        "q2_prior_match",
-        "q2_samples",
-        "q2_latent_walk",
+        "losses",
+        "tsne",
+        "reconstructions",
+        "prior_match",
+        "samples",
+        "latent_walk",
+        "principal_axes",
+        "nearest",
     ],
 }
 KEYS = {
@@ -43,6 +45,10 @@ KEYS = {
         "parzen_log_likelihood",
         "parzen_standard_error",
         "parzen_sigma",
+        "fresh_discriminator_accuracy",
+        "knn_accuracy",
+        "nearest_training_image",
+        "tsne_trustworthiness",
     },
 }
 DATA = {"q1": "MNIST_M.npy", "q2": "data.npy"}
@@ -81,14 +87,14 @@ def test_another_setting_under_resume_is_refused(tiny_data, tmp_path):
 
 
 def check_outputs(question, folder):
-    for name in FIGURES[question]:
-        image = plt.imread(folder / "figures" / f"{name}.png")
+    for figure in FIGURES[question[:2]]:
+        image = plt.imread(folder / "figures" / f"{question}_{figure}.png")
         assert image.shape[0] > 200
         assert image.std() > 0.02
     path = folder / "figures" / f"{question}_metrics.json"
     metrics = json.loads(path.read_text())
     common = {"data", "seed", "versions", "wall_seconds"}
-    assert KEYS[question] | common <= metrics.keys()
+    assert KEYS[question[:2]] | common <= metrics.keys()
     rows = history(question, folder)
     assert [int(float(row["epoch"])) for row in rows] == [1, 2, 3]
     return metrics
@@ -100,6 +106,24 @@ def same_but_for_time(a, b):
             assert float(first[key]) == pytest.approx(float(second[key]), rel=1e-4)
 
 
+def stop_after_an_epoch(question, folder, data, *arguments):
+    process = subprocess.Popen(
+        command(question, folder, data, *arguments),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        cwd=folder,
+    )
+    deadline = time.monotonic() + 120
+    while not (folder / "run" / "checkpoint.weights.h5").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in error.strip().splitlines()[-1]
+
+
 def test_q1_survives_an_interruption_and_ends_as_if_there_was_none(tiny_data, tmp_path):
     data = tiny_data / "MNIST_M.npy"
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -109,21 +133,7 @@ def test_q1_survives_an_interruption_and_ends_as_if_there_was_none(tiny_data, tm
     assert done.returncode == 0, done.stderr
     metrics = check_outputs("q1", whole)
 
-    process = subprocess.Popen(
-        command("q1", broken, data, "--epochs", "3"),
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        cwd=broken,
-    )
-    deadline = time.monotonic() + 120
-    while not (broken / "run" / "checkpoint.weights.h5").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "--resume" in error.strip().splitlines()[-1]
+    stop_after_an_epoch("q1", broken, data, "--epochs", "3")
     assert (broken / "run" / "autoencoder.keras").exists()
 
     resumed = run("q1", broken, data, "--epochs", "3", "--resume")
@@ -138,22 +148,29 @@ def test_q1_survives_an_interruption_and_ends_as_if_there_was_none(tiny_data, tm
     assert metrics["data"]["source"] == "a file as given"
 
 
-def test_q2_resumes_with_all_optimizers_and_random_states(tiny_data, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("q2", ()), ("q2_literal", ("--literal", "--encoder", "gaussian"))],
+)
+def test_q2_resumes_with_all_optimizers_and_random_states(
+    name, kind, tiny_data, tmp_path
+):
     data = tiny_data / "data.npy"
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
         folder.mkdir()
-    kind = ("--encoder", "gaussian", "--encoder-loss", "non-saturating")
-    done = run("q2", whole, data, "--epochs", "3", *kind)
+    kind = ("--epochs", "3", *kind)
+    done = run("q2", whole, data, *kind)
     assert done.returncode == 0, done.stderr
-    metrics = check_outputs("q2", whole)
+    metrics = check_outputs(name, whole)
     assert metrics["frechet_distance"] > 0
+    assert metrics["literal"] == ("--literal" in kind)
 
-    for arguments in (["--epochs", "1"], ["--epochs", "3", "--resume"]):
-        done = run("q2", broken, data, *kind, *arguments)
-        assert done.returncode == 0, done.stderr
-    check_outputs("q2", broken)
-    same_but_for_time(history("q2", whole), history("q2", broken))
+    stop_after_an_epoch("q2", broken, data, *kind)
+    done = run("q2", broken, data, *kind, "--resume")
+    assert done.returncode == 0, done.stderr
+    check_outputs(name, broken)
+    same_but_for_time(history(name, whole), history(name, broken))
 
     codes = np.zeros((2, 100), np.float32)
     decoder = keras.saving.load_model(whole / "run" / "decoder.keras")

@@ -132,3 +132,18 @@ def test_classifier_features_tell_digits_from_noise():
     assert real.shape == (597, 64)
     floor = metrics.frechet_distance(real, test)
     assert metrics.frechet_distance(noise, test) > 5 * floor
+
+
+def test_nearest_finds_the_training_image_and_its_distance():
+    train = RNG.integers(0, 256, (50, 784), np.uint8)
+    images = train[[7, 3]] / 255
+    images[1, 0] += 0.5
+    indices, distances = metrics.nearest(train, images)
+    np.testing.assert_array_equal(indices, [7, 3])
+    np.testing.assert_allclose(distances, [0, 0.5], atol=1e-2)
+
+
+def test_mean_image_mse_is_the_variance_about_it():
+    train, test = RNG.integers(0, 256, (2, 20, 784), np.uint8)
+    expected = np.mean((test / 255 - train.mean(axis=0) / 255) ** 2)
+    assert metrics.mean_image_mse(train, test) == pytest.approx(expected)

@@ -9,6 +9,7 @@ import tensorflow as tf
 from conftest import tiny_digits
 
 import q2_aae as q2
+from metrics import fit_pca
 
 RNG = np.random.default_rng(0)
 
@@ -27,6 +28,9 @@ def test_losses_are_the_assignments_formulas():
     other = -np.mean(np.log(d_codes))
     found = q2.encoder_loss(codes, "non-saturating").numpy()
     assert found == pytest.approx(other, rel=1e-5)
+    slopes = RNG.normal(size=(6, 8)).astype(np.float32)
+    r1 = np.mean([sum(slope**2) for slope in slopes]) / 2
+    assert q2.slope_penalty(slopes).numpy() == pytest.approx(r1, rel=1e-5)
 
     x, restored = (RNG.random((5, 784), np.float32) for _ in range(2))
     norms = [np.sqrt(sum((a - b) ** 2)) for a, b in zip(x, restored, strict=True)]
@@ -62,15 +66,20 @@ def test_norm_has_a_finite_gradient_at_a_perfect_reconstruction():
     assert np.isfinite(tape.gradient(loss, x).numpy()).all()
 
 
-def build(kind="deterministic", loss="saturating", rates=(1e-3, 1e-3)):
+def networks(kind):
     keras.utils.set_random_seed(0)
-    model = q2.AdversarialAutoencoder(
-        q2.build_encoder(8, kind),
-        q2.build_decoder(8),
-        q2.build_discriminator(8),
-        loss,
-    )
+    return q2.build_encoder(8, kind), q2.build_decoder(8), q2.build_discriminator(8)
+
+
+def build_literal(rates=(1e-3, 1e-3)):
+    model = q2.LiteralAdversarialAutoencoder(*networks("deterministic"), "saturating")
     model.compile(*rates)
+    return model
+
+
+def build(kind="gaussian", learning_rate=1e-3):
+    model = q2.AdversarialAutoencoder(*networks(kind))
+    model.compile(learning_rate, steps=1000)
     return model
 
 
@@ -82,7 +91,7 @@ def build(kind="deterministic", loss="saturating", rates=(1e-3, 1e-3)):
     ],
 )
 def test_each_stage_trains_its_own_networks(rates, moving):
-    model = build(rates=rates)
+    model = build_literal(rates=rates)
     networks = {
         name: getattr(model, name) for name in ("encoder", "decoder", "discriminator")
     }
@@ -101,7 +110,7 @@ def test_stages_learn_what_they_minimise():
     images = tf.constant(digits[:64].reshape(64, 784))
     x = utils.unit_floats(images)
 
-    model = build(rates=(1e-3, 0.0))
+    model = build_literal(rates=(1e-3, 0.0))
     norm = tf.reduce_mean(q2.reconstruction_loss(x, model(x))).numpy()
     for _ in range(10):
         model.train_step(images)
@@ -109,9 +118,9 @@ def test_stages_learn_what_they_minimise():
     assert after < 0.9 * norm
 
     # With the encoder at rest, the discriminator learns to tell its codes apart.
-    model = build(rates=(0.0, 1e-3))
+    model = build_literal(rates=(0.0, 1e-3))
     model.encoder_optimizer.learning_rate = 0.0
-    for _ in range(20):
+    for _ in range(40):
         model.train_step(images)
     prior, codes = model.draw_prior(64), model.encoder(x)
     l_d = q2.discriminator_loss(model.discriminator(prior), model.discriminator(codes))
@@ -127,6 +136,86 @@ def test_stages_learn_what_they_minimise():
     assert after > before + 1
 
 
+def test_encoder_and_decoder_follow_the_weighted_sum_of_two_stages():
+    images = tf.constant(RNG.integers(0, 256, (16, 784), np.uint8))
+    x = utils.unit_floats(images)
+    model = build("deterministic", learning_rate=0.0)
+    model.train_step(images)  # moves the discriminator alone
+    variables = model.autoencoder_variables
+    with tf.GradientTape() as tape:
+        codes = model.encoder(x)
+        error = tf.reduce_sum(tf.square(x - model.decoder(codes))) / 16
+        logits = model.discriminator(codes)
+        loss = error - q2.ADVERSARIAL_WEIGHT * tf.reduce_mean(
+            tf.math.log_sigmoid(logits)
+        )
+    expected = tape.gradient(loss, variables)
+
+    found = []
+    model.optimizer.apply = lambda gradients, _: found.extend(gradients)
+    model.train_discriminator = lambda *_: 0.0
+    model.train_step(images)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_discriminator_learns_against_its_slope():
+    images = tf.constant(RNG.integers(0, 256, (64, 784), np.uint8))
+    slopes = {}
+    for weight in (0.0, 10.0):
+        model = build("deterministic", learning_rate=0.0)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(q2, "GRADIENT_PENALTY", weight)
+            for _ in range(40):
+                found = model.train_step(images)
+        with tf.GradientTape() as tape:
+            prior = model.draw_prior(500)
+            tape.watch(prior)
+            logits = model.discriminator(prior)
+        slopes[weight] = q2.slope_penalty(tape.gradient(logits, prior)).numpy()
+        if not weight:
+            assert found["discriminator_loss"] < 1.0
+    assert slopes[10.0] < 0.2 * slopes[0.0]
+
+
+def test_water_filling_loses_what_it_is_asked_to():
+    variances = np.array([5.0, 2.0, 1.0, 0.1])
+    noise = q2.water_filling(variances, 1.9)
+    np.testing.assert_allclose(noise, [0.12, 0.3, 0.6, 1.0])  # the level is 0.6
+    assert np.sum(noise * variances) == pytest.approx(1.9)
+    np.testing.assert_array_equal(q2.water_filling(variances, 9.0), np.ones(4))
+
+
+def test_encoder_starts_at_a_linear_code_that_follows_the_prior():
+    digits, _ = tiny_digits()
+    images = digits.reshape(-1, 784)
+    encoder = q2.build_encoder(30)
+    pca = fit_pca(images, 30)
+    q2.start_at_pca(encoder, pca)
+    means = utils.predict(q2.without_noise(encoder), images)
+    scores = pca.transform(images / 255) / np.sqrt(pca.explained_variance_)
+    for mean, score in zip(means.T, scores.T, strict=True):
+        assert np.corrcoef(mean, score)[0, 1] > 0.9999
+    covariance = np.cov(utils.predict(encoder, images), rowvar=False)
+    np.testing.assert_allclose(covariance, np.eye(30), atol=0.15)
+    assert means.std(axis=0)[0] > 0.9 > 0.5 > means.std(axis=0)[-1]
+
+
+def test_fresh_discriminator_tells_codes_off_the_prior_from_codes_on_it():
+    digits, _ = tiny_digits()
+    images = digits.reshape(-1, 784)[:512]
+    encoder = q2.build_encoder(8, "gaussian")
+    on = RNG.standard_normal((2000, 8)).astype(np.float32)
+    kernel, bias = encoder.get_layer("mean").get_weights()
+    encoder.get_layer("mean").set_weights([0 * kernel, bias])
+    accuracy = q2.fresh_discriminator_accuracy(encoder, images, on, 30)
+    assert accuracy == pytest.approx(0.5, abs=0.04)
+    encoder.get_layer("mean").set_weights([0 * kernel, bias + 3])
+    accuracy = q2.fresh_discriminator_accuracy(encoder, images, on + 3, 60)
+    assert accuracy > 0.95
+    assert encoder.trainable_variables
+
+
 def test_gaussian_encoder_starts_at_variance_one_and_draws_anew():
     encoder = q2.build_encoder(8, "gaussian")
     x = np.repeat(RNG.random((1, 784), np.float32), 4000, axis=0)
@@ -138,7 +227,7 @@ def test_gaussian_encoder_starts_at_variance_one_and_draws_anew():
 
 
 def test_prior_draws_are_standard_normal():
-    draws = build().draw_prior(20_000).numpy()
+    draws = build_literal().draw_prior(20_000).numpy()
     assert draws.shape == (20_000, 8)
     assert abs(draws.mean()) < 0.01
     assert abs(draws.std() - 1) < 0.01
@@ -154,7 +243,7 @@ def test_networks_are_perceptrons_that_keep_their_contract_when_saved(tmp_path, 
         ("discriminator", q2.build_discriminator(), z, (3, 1)),
     ):
         hidden = [w.shape[1] for w in network.weights if w.path.endswith("kernel")]
-        assert hidden[:2] == [1000, 1000]
+        assert hidden[:2] == list(q2.HIDDEN)
         network.save(tmp_path / f"{name}.keras")
         loaded = keras.saving.load_model(tmp_path / f"{name}.keras")
         found = loaded(given).numpy()
