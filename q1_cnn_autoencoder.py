@@ -38,9 +38,10 @@ from read_MNIST_M import NUM_CLASSES, DataError, Split, load_digits, load_mnist_
 # Hyperparameters -------------------------------------------------------------------
 
 CODE_DIM = 128
-EPOCHS = 12
+EPOCHS = 10
 BATCH_SIZE = 128
-LEARNING_RATE = 5e-3  # reached in the first epoch, then decays along a cosine to 0
+LEARNING_RATE = 3e-3  # reached in the first epoch, then decays along a cosine to 0
+CLIP_NORM = 0.05  # of the gradient; without it some runs fall back in epoch 2
 ACTIVATION = "gelu"  # not "relu", by far: see the report's baselines
 WIDTHS = (32, 64)  # channels at 14x14 and at 7x7
 SHOWN = 10  # images in the figure of reconstructions
@@ -64,12 +65,12 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--sweep",
         action="store_true",
         help="instead: train at code sizes "
-        f"{', '.join(map(str, SWEEP))} and compare with PCA (about 40 minutes)",
+        f"{', '.join(map(str, SWEEP))} and compare with PCA (about 30 minutes)",
     )
     parser.add_argument(
         "--baselines",
         action="store_true",
-        help="instead: train the report's variants and other seeds (about 40 minutes)",
+        help="instead: train the report's other designs and seeds (about 45 minutes)",
     )
     return utils.complete_options(parser.parse_args(arguments))
 
@@ -178,7 +179,8 @@ def train(
         warmup_target=options.learning_rate,
         warmup_steps=steps,
     )
-    autoencoder.compile(keras.optimizers.Adam(schedule), "mse", jit_compile=False)
+    adam = keras.optimizers.Adam(schedule, global_clipnorm=CLIP_NORM)
+    autoencoder.compile(adam, "mse", jit_compile=False)
     autoencoder.optimizer.build(autoencoder.trainable_variables)
     validation = tf.data.Dataset.from_tensor_slices(valid_images).batch(250)
     return folder.fit(
@@ -557,7 +559,6 @@ def baselines(options: argparse.Namespace, splits: Sequence[Split]) -> dict[str,
         ("a plain CNN: ReLU in place of GELU", options.seed, {"activation": "relu"}),
         ("ours with the mask", options.seed, {"with_mask": True}),
         ("ours with the PCA start", options.seed, {"pca": pca}),
-        ("ours with both", options.seed, {"with_mask": True, "pca": pca}),
         *((f"ours, seed {seed}", seed, {}) for seed in BASELINE_SEEDS),
     ):
         folder = "baselines/" + re.sub(r"\W+", "_", name)

@@ -49,7 +49,7 @@ from read_MNIST_M import Split, load_digits
 PIXELS = 784  # 28 x 28; the assignment's 768 is a slip
 CODE_DIM = 100
 HIDDEN = (400, 400)  # two hidden layers in each network
-EPOCHS = 45
+EPOCHS = 30
 BATCH_SIZE = 256
 LEARNING_RATE = 5e-4  # of encoder and decoder; decays to zero along a cosine
 DISCRIMINATOR_LEARNING_RATE = 2e-3  # larger, so that it keeps up with the encoder
