@@ -16,7 +16,7 @@ Sharp reconstructions and moving losses do not show that the codes follow the pr
 so this script measures it: see `metrics.prior_match` and the Fréchet distance.
 
 To the letter (`--literal`) the codes do not follow it. By default, then, four things
-differ, each measured in the report: the encoder draws its code from a normal with a
+differ: the encoder draws its code from a normal with a
 learned variance; it starts at the best linear code whose aggregate is the prior's; one
 Adam weighs (a) against (c); and the discriminator is kept smooth.
 """
@@ -216,7 +216,8 @@ def start_at_pca(encoder: keras.Model, pca: PCA, mse: float = START_MSE) -> None
     """
     first, second = (layer for layer in encoder.layers if layer.name.startswith("hid"))
     mean, log_variance = (encoder.get_layer(n) for n in ("mean", "log_variance"))
-    count = min(*HIDDEN, 2 * pca.n_components_) // 2
+    spread = pca.explained_variance_ > 1e-6 * pca.explained_variance_[0]
+    count = min(*HIDDEN, 2 * int(spread.sum())) // 2
     variances = pca.explained_variance_[:count]
     lost = pca.explained_variance_.sum() / pca.explained_variance_ratio_.sum()
     lost -= variances.sum()

@@ -201,6 +201,17 @@ def test_encoder_starts_at_a_linear_code_that_follows_the_prior():
     assert means.std(axis=0)[0] > 0.9 > 0.5 > means.std(axis=0)[-1]
 
 
+def test_encoder_starts_finite_where_images_have_few_dimensions():
+    base = RNG.integers(0, 100, (3, 784))
+    images = (RNG.random((200, 3)) @ base).astype(np.uint8)
+    images[:, 300:] = 7
+    encoder = q2.build_encoder(30)
+    q2.start_at_pca(encoder, fit_pca(images, 30))
+    codes = utils.predict(encoder, images)
+    assert np.isfinite(codes).all()
+    assert 0.8 < codes.std(axis=0).min() <= codes.std(axis=0).max() < 1.2
+
+
 def test_fresh_discriminator_tells_codes_off_the_prior_from_codes_on_it():
     digits, _ = tiny_digits()
     images = digits.reshape(-1, 784)[:512]
