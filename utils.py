@@ -614,11 +614,13 @@ def provenance(metrics: Mapping[str, Any]) -> str:
     data, settings = metrics["data"], metrics["settings"]
     versions = ", ".join(f"{name} {v}" for name, v in metrics["versions"].items())
     sources = [data[key] for key in ("digits", "backgrounds") if key in data]
+    training, wall = (metrics[f"{kind}_seconds"] / 60 for kind in ("training", "wall"))
+    resumed = ", partly before it was resumed" if training > wall else ""
     return (
         f"Data: `{data['file']}`, {data['source']}"
         f"{': ' if sources else ''}{'; '.join(sources)}. "
         f"{settings['epochs']} epochs, batch {settings['batch_size']}, learning rate "
         f"{settings['learning_rate']:g}, seed {metrics['seed']}; "
-        f"{metrics['wall_seconds'] / 60:.1f} minutes in all, of which "
-        f"{metrics['training_seconds'] / 60:.1f} training. {versions}."
+        f"{training:.1f} minutes of training{resumed}; the command took {wall:.1f} in "
+        f"all. {versions}."
     )
