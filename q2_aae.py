@@ -16,9 +16,9 @@ Sharp reconstructions and moving losses do not show that the codes follow the pr
 so this script measures it: see `metrics.prior_match` and the Fréchet distance.
 
 To the letter (`--literal`) the codes do not follow it. By default, then, four things
-differ: the encoder draws its code from a normal with a
-learned variance; it starts at the best linear code whose aggregate is the prior's; one
-Adam weighs (a) against (c); and the discriminator is kept smooth.
+differ: the encoder draws its code from a normal with a learned variance; it starts at
+the best linear code whose aggregate is the prior's; one Adam weighs (a) against (c);
+and the discriminator is kept smooth.
 """
 
 from __future__ import annotations
@@ -495,6 +495,7 @@ def evaluate(
     test_codes: np.ndarray,
     means: Sequence[np.ndarray],
     samples: np.ndarray,
+    pca: PCA,
 ) -> dict[str, Any]:
     """Measure reconstruction, prior match, samples and codes on the test images.
 
@@ -505,6 +506,7 @@ def evaluate(
         means: float32 (N, D) each, the training and the test images' codes without
             the encoder's noise.
         samples: float32 (S, 784) in [0, 1], decoded draws from the prior.
+        pca: of the training images, with as many components as the code.
 
     Returns:
         The metrics; Fréchet distances and accuracies are None where the data has no
@@ -544,7 +546,6 @@ def evaluate(
         found["classifier_test_accuracy"] = float(
             (classifier.predict(x, verbose=0).argmax(axis=1) == test.labels).mean()
         )
-        pca = measures.fit_pca(train.images, test_codes.shape[1])
         pixels = [measures.as_unit_floats(split.images) for split in (train, test)]
         found["knn_accuracy"] = {
             name: measures.knn_accuracy(codes[0], train.labels, codes[1], test.labels)
@@ -988,6 +989,7 @@ def main() -> None:
     train, valid, test = splits
     folder = utils.RunFolder(options)
     keras.utils.set_random_seed(options.seed)
+    pca = measures.fit_pca(train.images, options.code_dim)
     networks = (
         build_encoder(options.code_dim, options.encoder, options.seed),
         build_decoder(options.code_dim),
@@ -1000,7 +1002,7 @@ def main() -> None:
         model.compile(options.learning_rate, LITERAL_ADVERSARIAL_LEARNING_RATE)
     else:
         if options.encoder == "gaussian":
-            start_at_pca(networks[0], measures.fit_pca(train.images, options.code_dim))
+            start_at_pca(networks[0], pca)
         model = AdversarialAutoencoder(*networks, options.encoder_loss, options.seed)
         steps = max(1, len(train.images) // options.batch_size)
         model.compile(options.learning_rate, options.epochs * steps)
@@ -1017,15 +1019,13 @@ def main() -> None:
     )
 
     test_codes = utils.predict(model.encoder, test.images)
-    means = [
-        utils.predict(without_noise(model.encoder), split.images)
-        for split in (train, test)
-    ]
+    mean_encoder = without_noise(model.encoder)
+    means = [utils.predict(mean_encoder, split.images) for split in (train, test)]
     prior = np.random.default_rng(options.seed).standard_normal(
         (SAMPLES, options.code_dim)
     )
     samples = decode(model.decoder, prior)
-    metrics = evaluate(model, splits, test_codes, means, samples)
+    metrics = evaluate(model, splits, test_codes, means, samples, pca)
     metrics |= {
         "loss_discriminator": float(history["discriminator_loss"][-1]),
         "loss_encoder": float(history["encoder_loss"][-1]),

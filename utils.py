@@ -328,11 +328,11 @@ class RunFolder:
         self.checkpoint = self.path / CHECKPOINT
         self.rows: list[dict[str, float]] = []
         settings_path = self.path / SETTINGS
-        fixed = {"data", "epochs", "batch_size", "learning_rate", "code_dim", "seed"}
-        fixed |= {"quick", "encoder", "encoder_loss", "literal"}
-        settings = {
-            key: vars(options)[key] for key in sorted(fixed & set(vars(options)))
-        }
+        fixed = (
+            *("data", "epochs", "batch_size", "learning_rate", "code_dim", "seed"),
+            *("quick", "encoder", "encoder_loss", "literal"),
+        )
+        settings = {key: vars(options)[key] for key in sorted(fixed) if key in options}
         if options.resume:
             if not self.holds_a_run(self.path):
                 raise UsageError(f"--resume: found no {settings_path}, expected one")
