@@ -28,13 +28,12 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import utils
 
 import keras
 import numpy as np
-import scipy.optimize
 import scipy.stats
 import tensorflow as tf
 from openTSNE import TSNE
@@ -48,16 +47,19 @@ from read_MNIST_M import Split, load_digits
 
 PIXELS = 784  # 28 x 28; the assignment's 768 is a slip
 CODE_DIM = 100
-HIDDEN = (400, 400)  # two hidden layers in each network
-EPOCHS = 30
+HIDDEN = (400, 400, 400, 400)  # hidden layers of encoder and decoder
+DISCRIMINATOR_HIDDEN = (400, 400, 400)
+EPOCHS = 60
 BATCH_SIZE = 256
-LEARNING_RATE = 5e-4  # of encoder and decoder; decays to zero along a cosine
-DISCRIMINATOR_LEARNING_RATE = 2e-3  # larger, so that it keeps up with the encoder
+LEARNING_RATE = 1e-3  # of encoder and decoder; decays to zero along a cosine
+DISCRIMINATOR_LEARNING_RATE = 2e-3  # stays, so that it gets ahead of the encoder
 MOMENTUM = 0.5  # Adam's beta_1: a long memory makes two adversaries circle each other
-ADVERSARIAL_WEIGHT = 10.0  # of (c), in squared errors summed over an image, a nat
-FRESH_LEARNING_RATE = 3e-4  # of the discriminator that judges the finished codes
+ADVERSARIAL_WEIGHT = 20.0  # of (c), in squared errors summed over an image, a nat
 GRADIENT_PENALTY = 0.1  # R1's weight (Mescheder et al. 2018, arXiv:1801.04406)
-START_MSE = 0.02  # of the linear code that the encoder starts at
+START_DIMENSIONS = 24  # of the linear code that the encoder starts at
+START_NOISE = 0.25  # its standard deviation there, where the prior's is 1
+FRESH_LEARNING_RATE = 3e-4  # of the discriminator that judges the finished codes
+ACTIVE = 0.01  # variance from which a mean says something (arXiv:1509.00519)
 
 # Of the assignment to the letter: an Adam for each stage
 LITERAL_LEARNING_RATE = 1e-3  # (a)
@@ -71,6 +73,18 @@ EQUILIBRIUM = {
     "saturating": -math.log(2),
     "non-saturating": math.log(2),
 }
+
+
+class Recipe(NamedTuple):
+    """What else the default run sets; the comparisons vary it."""
+
+    hidden: tuple[int, ...] = HIDDEN
+    starts_at_pca: bool = True
+    adversarial_weight: float = ADVERSARIAL_WEIGHT
+    discriminator_learning_rate: float = DISCRIMINATOR_LEARNING_RATE
+    discriminator_rate_decays: bool = False
+    momentum: float = MOMENTUM
+    gradient_penalty: float = GRADIENT_PENALTY
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -110,6 +124,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         options.encoder = "deterministic" if options.literal else "gaussian"
     if options.encoder_loss is None:
         options.encoder_loss = "saturating" if options.literal else "non-saturating"
+    options.recipe = Recipe()._asdict()
     return utils.complete_options(options)
 
 
@@ -150,22 +165,25 @@ class GaussianSample(_Seeded, keras.layers.Layer):
         return super().get_config() | {"seed": self.seed}
 
 
-def hidden_layers(x: keras.KerasTensor) -> keras.KerasTensor:
+def hidden_layers(x: keras.KerasTensor, widths: Sequence[int]) -> keras.KerasTensor:
     """Apply the hidden layers that all three networks share in kind."""
-    for number, width in enumerate(HIDDEN, 1):
+    for number, width in enumerate(widths, 1):
         x = keras.layers.Dense(width, activation="gelu", name=f"hidden_{number}")(x)
     return x
 
 
 def build_encoder(
-    code_dim: int = CODE_DIM, kind: str = "gaussian", seed: int = 0
+    code_dim: int = CODE_DIM,
+    kind: str = "gaussian",
+    seed: int = 0,
+    hidden: Sequence[int] = HIDDEN,
 ) -> keras.Model:
     """Build Enc: images, float32 (N, 784) in [0, 1], to codes, float32 (N, code_dim).
 
     A "gaussian" encoder returns a draw from q(z|x), a "deterministic" one a point.
     """
     image = keras.Input((PIXELS,))
-    x = hidden_layers(image)
+    x = hidden_layers(image, hidden)
     code = keras.layers.Dense(code_dim, name="mean")(x)
     if kind == "gaussian":
         # Starting at variance 1 starts the game against the discriminator at a draw.
@@ -176,87 +194,70 @@ def build_encoder(
     return keras.Model(image, code, name="encoder")
 
 
-def water_filling(variances: np.ndarray, distortion: float) -> np.ndarray:
-    """Return the noise variances of the best linear code that fills a normal prior.
-
-    Reverse water-filling (Cover & Thomas 2006, section 10.3.3): each coordinate, scaled
-    to variance 1 - v and joined by noise of variance v, loses the same squared error,
-    or is all noise where it has less to lose.
-
-    Args:
-        variances: float (D,), of the coordinates to encode.
-        distortion: squared error to lose, summed over the coordinates.
-
-    Returns:
-        v, float (D,) in (0, 1].
-    """
-    if distortion >= variances.sum():
-        return np.ones_like(variances)
-    level = scipy.optimize.brentq(
-        lambda level: np.minimum(variances, level).sum() - distortion,
-        0.0,
-        variances.max(),
-    )
-    return np.minimum(1.0, level / variances)
-
-
-def start_at_pca(encoder: keras.Model, pca: PCA, mse: float = START_MSE) -> None:
+def start_at_pca(
+    encoder: keras.Model,
+    pca: PCA,
+    dimensions: int = START_DIMENSIONS,
+    noise: float = START_NOISE,
+) -> None:
     """Set a Gaussian encoder's weights to a linear code whose aggregate is the prior's.
 
-    Its mean is principal components, scaled, and its variance what they leave to 1, so
-    that over the training images the codes have the prior's mean and covariance, and
-    the game against the discriminator starts near a draw with something in the codes
+    The means of the first coordinates are the leading principal components, scaled so
+    that with the noise they have variance 1; the other coordinates are noise alone. So
+    over the training images the codes have the prior's mean and covariance, and the
+    game against the discriminator starts near a draw with something in the codes
     already. GELU lets a perceptron be linear: gelu(y) - gelu(-y) = y.
 
     Args:
         encoder: as `build_encoder` returns it, of kind "gaussian".
-        pca: of the training images; as many of its components are used as the narrowest
-            hidden layer has room for.
-        mse: mean squared error of the best linear decoder, pixels in [0, 1].
+        pca: of the training images, pixels in [0, 1].
+        dimensions: coordinates that carry something; fewer where `pca` has no more, or
+            where the code or half a hidden layer has no more room.
+        noise: standard deviation in those coordinates, in (0, 1).
     """
-    first, second = (layer for layer in encoder.layers if layer.name.startswith("hid"))
+    hidden = [layer for layer in encoder.layers if layer.name.startswith("hidden")]
     mean, log_variance = (encoder.get_layer(n) for n in ("mean", "log_variance"))
     spread = pca.explained_variance_ > 1e-6 * pca.explained_variance_[0]
-    count = min(*HIDDEN, 2 * int(spread.sum())) // 2
-    variances = pca.explained_variance_[:count]
-    lost = pca.explained_variance_.sum() / pca.explained_variance_ratio_.sum()
-    lost -= variances.sum()
-    noise = water_filling(variances, max(0.0, mse * PIXELS - lost))
-    noise = np.clip(noise, 0.01, 0.98)  # leave no coordinate without a signal
+    count = min(dimensions, int(spread.sum()), mean.units)
+    count = min(count, *(layer.units // 2 for layer in hidden))
 
-    kernel, bias = first.get_weights()
-    whiten = (pca.components_[:count] / np.sqrt(variances)[:, np.newaxis]).T
+    scale = np.sqrt(pca.explained_variance_[:count])[:, np.newaxis]
+    whiten = (pca.components_[:count] / scale).T
+    kernel, bias = hidden[0].get_weights()
     kernel[:, : 2 * count] = np.concatenate([whiten, -whiten], axis=1)
     bias[: 2 * count] = -pca.mean_ @ kernel[:, : 2 * count]
-    first.set_weights([kernel, bias])
-
-    kernel, bias = second.get_weights()
-    kernel[:, : 2 * count] = 0.0
-    kernel[: 2 * count, : 2 * count] = np.kron([[1, -1], [-1, 1]], np.eye(count))
-    second.set_weights([kernel, bias])
+    hidden[0].set_weights([kernel, bias])
+    for layer in hidden[1:]:
+        kernel, bias = layer.get_weights()
+        kernel[:, : 2 * count] = 0.0
+        kernel[: 2 * count, : 2 * count] = np.kron([[1, -1], [-1, 1]], np.eye(count))
+        layer.set_weights([kernel, bias])
 
     kernel, bias = mean.get_weights()
     kernel[:] = 0.0
-    kernel[: 2 * count, :count] = np.kron([[1], [-1]], np.diag(np.sqrt(1.0 - noise)))
+    signal = math.sqrt(1.0 - noise**2) * np.eye(count)
+    kernel[: 2 * count, :count] = np.concatenate([signal, -signal])
     mean.set_weights([kernel, bias])
     kernel, bias = log_variance.get_weights()
-    bias[:count] = np.log(noise)
+    bias[:count] = 2.0 * math.log(noise)
     log_variance.set_weights([kernel, bias])
 
 
-def build_decoder(code_dim: int = CODE_DIM) -> keras.Model:
+def build_decoder(
+    code_dim: int = CODE_DIM, hidden: Sequence[int] = HIDDEN
+) -> keras.Model:
     """Build the decoder: codes (N, code_dim) to images, float32 (N, 784) in [0, 1]."""
     code = keras.Input((code_dim,))
-    image = keras.layers.Dense(PIXELS, activation="sigmoid")(hidden_layers(code))
+    x = hidden_layers(code, hidden)
+    image = keras.layers.Dense(PIXELS, activation="sigmoid")(x)
     return keras.Model(code, image, name="decoder")
 
 
 def build_discriminator(code_dim: int = CODE_DIM) -> keras.Model:
     """Build D: codes (N, code_dim) to the logit of D, float32 (N, 1)."""
     code = keras.Input((code_dim,))
-    return keras.Model(
-        code, keras.layers.Dense(1)(hidden_layers(code)), name="discriminator"
-    )
+    logit = keras.layers.Dense(1)(hidden_layers(code, DISCRIMINATOR_HIDDEN))
+    return keras.Model(code, logit, name="discriminator")
 
 
 # Losses ----------------------------------------------------------------------------
@@ -306,6 +307,7 @@ class AdversarialAutoencoder(_Seeded, keras.Model):
         discriminator: as `build_discriminator` returns it.
         encoder_loss_kind: "saturating" or "non-saturating", for stage (c).
         seed: of the prior's draws.
+        recipe: rates and weights.
     """
 
     def __init__(
@@ -315,8 +317,10 @@ class AdversarialAutoencoder(_Seeded, keras.Model):
         discriminator: keras.Model,
         encoder_loss_kind: str = "non-saturating",
         seed: int = 0,
+        recipe: Recipe | None = None,
     ) -> None:
         super().__init__()
+        self.recipe = recipe or Recipe()
         self.encoder = encoder
         self.decoder = decoder
         self.discriminator = discriminator
@@ -338,15 +342,20 @@ class AdversarialAutoencoder(_Seeded, keras.Model):
 
         Args:
             learning_rate: of encoder and decoder at the start.
-            steps: after which both rates have decayed to zero.
+            steps: after which it has decayed to zero.
         """
-        rate, discriminator_rate = (
-            keras.optimizers.schedules.CosineDecay(start, steps)
-            for start in (learning_rate, DISCRIMINATOR_LEARNING_RATE)
+        recipe = self.recipe
+        decay = keras.optimizers.schedules.CosineDecay
+        discriminator_rate = recipe.discriminator_learning_rate
+        if recipe.discriminator_rate_decays:
+            discriminator_rate = decay(discriminator_rate, steps)
+        super().compile(
+            optimizer=keras.optimizers.Adam(
+                decay(learning_rate, steps), recipe.momentum
+            )
         )
-        super().compile(optimizer=keras.optimizers.Adam(rate, MOMENTUM))
         self.discriminator_optimizer = keras.optimizers.Adam(
-            discriminator_rate, MOMENTUM
+            discriminator_rate, recipe.momentum
         )
         self.optimizer.build(self.autoencoder_variables)
         self.discriminator_optimizer.build(self.discriminator.trainable_variables)
@@ -389,7 +398,7 @@ class AdversarialAutoencoder(_Seeded, keras.Model):
             logits = self.discriminator(codes, training=True)
             loss_enc = encoder_loss(logits, self.encoder_loss_kind)
 
-            loss = tf.reduce_mean(squared) + ADVERSARIAL_WEIGHT * loss_enc
+            loss = tf.reduce_mean(squared) + self.recipe.adversarial_weight * loss_enc
         variables = self.autoencoder_variables
         self.optimizer.apply(tape.gradient(loss, variables), variables)
         return self.track(x, restored, loss_d, loss_enc)
@@ -403,7 +412,7 @@ class AdversarialAutoencoder(_Seeded, keras.Model):
             slopes = slope_tape.gradient(prior_logits, prior)
             code_logits = self.discriminator(codes, training=True)
             loss_d = discriminator_loss(prior_logits, code_logits)
-            penalised = loss_d + GRADIENT_PENALTY * slope_penalty(slopes)
+            penalised = loss_d + self.recipe.gradient_penalty * slope_penalty(slopes)
         variables = self.discriminator.trainable_variables
         gradients = tape.gradient(penalised, variables)
         self.discriminator_optimizer.apply(gradients, variables)
@@ -481,6 +490,38 @@ class LiteralAdversarialAutoencoder(AdversarialAutoencoder):
         return self.track(x, restored, loss_d, loss_enc)
 
 
+def build_model(
+    options: argparse.Namespace, pca: PCA, steps: int, recipe: Recipe | None = None
+) -> AdversarialAutoencoder:
+    """Build and compile the model that the command line asks for.
+
+    Args:
+        options: the completed command line.
+        pca: of the training images, where the encoder may start.
+        steps: training steps of the whole run.
+        recipe: by default the default run's.
+    """
+    recipe = recipe or Recipe()
+    networks = (
+        build_encoder(options.code_dim, options.encoder, options.seed, recipe.hidden),
+        build_decoder(options.code_dim, recipe.hidden),
+        build_discriminator(options.code_dim),
+    )
+    if options.literal:
+        model = LiteralAdversarialAutoencoder(
+            *networks, options.encoder_loss, options.seed
+        )
+        model.compile(options.learning_rate, LITERAL_ADVERSARIAL_LEARNING_RATE)
+        return model
+    if options.encoder == "gaussian" and recipe.starts_at_pca:
+        start_at_pca(networks[0], pca)
+    model = AdversarialAutoencoder(
+        *networks, options.encoder_loss, options.seed, recipe
+    )
+    model.compile(options.learning_rate, steps)
+    return model
+
+
 # Evaluation ------------------------------------------------------------------------
 
 
@@ -489,64 +530,105 @@ def decode(decoder: keras.Model, codes: np.ndarray) -> np.ndarray:
     return decoder.predict(codes.astype(np.float32), batch_size=500, verbose=0)
 
 
+def draw_samples(
+    decoder: keras.Model, code_dim: int, seed: int, count: int = SAMPLES
+) -> np.ndarray:
+    """Decode draws from the prior to images, float32 (count, 784) in [0, 1]."""
+    prior = np.random.default_rng(seed).standard_normal((count, code_dim))
+    return decode(decoder, prior)
+
+
 def evaluate(
     model: AdversarialAutoencoder,
-    splits: Sequence[Split],
+    valid: Split,
+    test: Split,
     test_codes: np.ndarray,
+    samples: np.ndarray,
+    classifier: keras.Model | None,
+) -> dict[str, Any]:
+    """Measure reconstruction, prior match and samples on the test images.
+
+    Args:
+        model: trained.
+        valid: chooses the Parzen window's bandwidth.
+        test: what is measured on.
+        test_codes: float32 (N, D), the test images' codes.
+        samples: float32 (S, 784) in [0, 1], decoded draws from the prior.
+        classifier: of `metrics.train_digit_classifier`, or None without labels; then
+            the Fréchet distance is None, too.
+    """
+    x = measures.as_unit_floats(test.images)
+    squared = np.square(x - decode(model.decoder, test_codes), dtype=np.float64)
+    return {
+        "test_mse": float(squared.mean()),
+        "test_reconstruction_loss": float(np.sqrt(squared.sum(axis=1)).mean()),
+        "prior_match": measures.prior_match(test_codes, np.random.default_rng(0)),
+        "frechet_distance": None
+        if classifier is None
+        else measures.frechet_distance(
+            *(measures.digit_features(classifier, images) for images in (samples, x))
+        ),
+        **measures.parzen_log_likelihood(
+            samples, measures.as_unit_floats(valid.images), x
+        ),
+    }
+
+
+def describe_classifier(
+    classifier: keras.Model | None, train: Split, test: Split
+) -> dict[str, float | None]:
+    """Measure the Fréchet distance's floor and its classifier's accuracy, if any."""
+    if classifier is None:
+        return {"frechet_distance_floor": None}
+    x = measures.as_unit_floats(test.images)
+    real = measures.as_unit_floats(train.images[: len(x)])
+    found = classifier.predict(x, batch_size=500, verbose=0).argmax(axis=1)
+    return {
+        "frechet_distance_floor": measures.frechet_distance(
+            *(measures.digit_features(classifier, images) for images in (real, x))
+        ),
+        "classifier_test_accuracy": float((found == test.labels).mean()),
+    }
+
+
+def describe_codes(
+    model: AdversarialAutoencoder,
+    train: Split,
+    test: Split,
     means: Sequence[np.ndarray],
     samples: np.ndarray,
     pca: PCA,
 ) -> dict[str, Any]:
-    """Measure reconstruction, prior match, samples and codes on the test images.
+    """Measure what the codes know, and whether samples repeat training images.
 
     Args:
         model: trained.
-        splits: train, validation and test.
-        test_codes: float32 (N, D), the test images' codes.
+        train: the images that are sought through.
+        test: the images that are looked up.
         means: float32 (N, D) each, the training and the test images' codes without
             the encoder's noise.
         samples: float32 (S, 784) in [0, 1], decoded draws from the prior.
         pca: of the training images, with as many components as the code.
 
     Returns:
-        The metrics; Fréchet distances and accuracies are None where the data has no
-        labels.
+        `active_dimensions` (Burda et al. 2016, arXiv:1509.00519), median distances to
+        the `nearest_training_image`, and `knn_accuracy`, None without labels.
     """
-    train, valid, test = splits
-    x = test.images / np.float32(255)
-    restored = decode(model.decoder, test_codes)
-    squared = np.square(x - restored, dtype=np.float64)
+    pixels = [measures.as_unit_floats(split.images) for split in (train, test)]
+    restored = model.decoder.predict(means[1][:COMPARED], verbose=0)
     found = {
-        "test_mse": float(squared.mean()),
-        "test_reconstruction_loss": float(np.sqrt(squared.sum(axis=1)).mean()),
-        "prior_match": measures.prior_match(test_codes, np.random.default_rng(0)),
-        "frechet_distance": None,
-        "frechet_distance_floor": None,
-        **measures.parzen_log_likelihood(samples, valid.images / np.float32(255), x),
-        "knn_accuracy": None,
+        "active_dimensions": int((means[1].var(axis=0) > ACTIVE).sum()),
         "nearest_training_image": {
             name: float(np.median(measures.nearest(train.images, images)[1]))
             for name, images in (
                 ("samples", samples[:COMPARED]),
-                ("test_images", x[:COMPARED]),
-                ("test_reconstructions", restored[:COMPARED]),
+                ("test_images", pixels[1][:COMPARED]),
+                ("test_reconstructions", restored),
             )
         },
+        "knn_accuracy": None,
     }
     if train.labels is not None:
-        classifier = measures.train_digit_classifier(train.images, train.labels)
-        features = measures.digit_features(classifier, x)
-        real = train.images[: len(samples)] / np.float32(255)
-        found["frechet_distance"] = measures.frechet_distance(
-            measures.digit_features(classifier, samples), features
-        )
-        found["frechet_distance_floor"] = measures.frechet_distance(
-            measures.digit_features(classifier, real), features
-        )
-        found["classifier_test_accuracy"] = float(
-            (classifier.predict(x, verbose=0).argmax(axis=1) == test.labels).mean()
-        )
-        pixels = [measures.as_unit_floats(split.images) for split in (train, test)]
         found["knn_accuracy"] = {
             name: measures.knn_accuracy(codes[0], train.labels, codes[1], test.labels)
             for name, codes in (
@@ -558,13 +640,27 @@ def evaluate(
     return found
 
 
-def without_noise(encoder: keras.Model) -> keras.Model:
-    """Return the encoder whose codes are the means of q(z|x)."""
-    return keras.Model(encoder.inputs, encoder.get_layer("mean").output)
+def posterior(encoder: keras.Model, images: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Return mean and standard deviation of q(z|x), float32 (N, D) each.
+
+    Args:
+        encoder: as `build_encoder` returns it; a deterministic one deviates by 0.
+        images: uint8 (N, 784).
+    """
+    outputs = {
+        layer.name: layer.output
+        for layer in encoder.layers
+        if layer.name in ("mean", "log_variance")
+    }
+    found = utils.predict(keras.Model(encoder.inputs, outputs), images)
+    mean = found["mean"]
+    if "log_variance" not in found:
+        return mean, np.zeros_like(mean)
+    return mean, np.exp(found["log_variance"] / 2)
 
 
 def fresh_discriminator_accuracy(
-    encoder: keras.Model, images: np.ndarray, test_codes: np.ndarray, steps: int
+    means: np.ndarray, deviations: np.ndarray, test_codes: np.ndarray, steps: int
 ) -> float:
     """Train a new discriminator against a frozen encoder; say how often it is right.
 
@@ -573,31 +669,33 @@ def fresh_discriminator_accuracy(
     not because the discriminator lost track.
 
     Args:
-        encoder: trained.
-        images: uint8 (N, 784), that it learns from.
+        means: float32 (N, D), of q(z|x) for the training images, that it learns from.
+        deviations: float32 (N, D), standard deviations of the same.
         test_codes: float32 (M, D), that it is judged on, beside as many draws.
         steps: of training, at the default batch size.
 
     Returns:
         Accuracy in [0, 1].
     """
-    code_dim = test_codes.shape[1]
-    judge = build_discriminator(code_dim)
-    image, prior = keras.Input((PIXELS,)), keras.Input((code_dim,))
-    encoder.trainable = False
-    pair = keras.Model([image, prior], [judge(encoder(image)), judge(prior)])
-    loss = keras.losses.BinaryCrossentropy(from_logits=True)
-    pair.compile(keras.optimizers.Adam(FRESH_LEARNING_RATE), [loss, loss])
-    size = min(BATCH_SIZE, len(images))
-    fake, real = tf.zeros((size, 1)), tf.ones((size, 1))
+    keras.utils.set_random_seed(0)
+    judge = build_discriminator(test_codes.shape[1])
+    judge.compile(
+        keras.optimizers.Adam(FRESH_LEARNING_RATE),
+        keras.losses.BinaryCrossentropy(from_logits=True),
+    )
+    size = min(BATCH_SIZE, len(means))
+    label = tf.repeat([[1.0], [0.0]], size, axis=0)
+    table = tf.stack([means, deviations], axis=1)
 
-    def as_pair(batch: tf.Tensor) -> tuple[tuple, tuple]:
-        draws = tf.random.normal((size, code_dim))
-        return (utils.unit_floats(batch), draws), (fake, real)
+    def draws_and_codes(index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        mean, deviation = tf.unstack(tf.gather(table, index), axis=1)
+        draws, noise = (tf.random.normal(mean.shape) for _ in range(2))
+        return tf.concat([draws, mean + deviation * noise], axis=0), label
 
-    batches = utils.shuffled_batches(images, size, seed=0).map(as_pair)
-    pair.fit(batches, steps_per_epoch=steps, shuffle=False, verbose=0)
-    encoder.trainable = True
+    batches = utils.shuffled_batches(np.arange(len(means)), size, seed=0)
+    judge.fit(
+        batches.map(draws_and_codes), steps_per_epoch=steps, shuffle=False, verbose=0
+    )
     draws = np.random.default_rng(1).standard_normal(test_codes.shape)
     taken_for_codes, taken_for_draws = (
         (judge.predict(z.astype(np.float32), batch_size=500, verbose=0) < 0).mean()
@@ -701,71 +799,76 @@ def draw_tsne(path: Path, points: np.ndarray, labels: np.ndarray | None) -> None
             )
 
 
-def draw_prior_match(path: Path, codes: np.ndarray, match: Mapping[str, float]) -> None:
+def draw_prior_match(
+    path: Path, codes: np.ndarray, control: np.ndarray | None = None
+) -> None:
     """Draw the aggregated posterior against the prior.
 
     Args:
         path: of the PNG.
         codes: float (N, D), the test images' codes.
-        match: what `metrics.prior_match` says of them.
+        control: float (M, D), codes of another encoder, in a second colour.
     """
     count, dimensions = codes.shape
     prior = np.random.default_rng(0).standard_normal(codes.shape)
+    eigenvalues = {
+        label: np.linalg.eigvalsh(np.cov(values, rowvar=False))[::-1]
+        for label, values in (
+            ("codes", codes),
+            ("control", control),
+            (f"{count:,} prior draws", prior),
+        )
+        if values is not None
+    }
     with utils.figure(path, 1, 3, (9, 3.2)) as (figure, row):
         figure.suptitle(
             f"Codes of {count:,} test digits against the prior: covariance eigenvalues "
-            f"{match['covariance_eigenvalue_min']:.2g} .. "
-            f"{match['covariance_eigenvalue_max']:.2g} where the prior has 1",
+            f"{eigenvalues['codes'][-1]:.2g} .. {eigenvalues['codes'][0]:.2g} where "
+            "the prior has 1",
             fontsize=11,
         )
         marginals, spectrum, norms = row
         limit = float(max(4.0, np.quantile(np.abs(codes), 0.999)))
         grid = np.linspace(-limit, limit, 121)
-        marginals.hist(
-            codes.ravel(), grid, density=True, color=utils.PALE, label="codes"
-        )
-        marginals.plot(
-            grid, scipy.stats.norm.pdf(grid), "--", color=utils.INK, label="prior"
-        )
-        marginals.set(title="all coordinates", xlabel="$z_i$", ylabel="density")
-        marginals.legend()
-
-        for values, style, label in ((codes, "-", "codes"), (prior, "--", "prior")):
-            eigenvalues = np.linalg.eigvalsh(np.cov(values, rowvar=False))[::-1]
-            colour = utils.ACCENT if label == "codes" else utils.INK
-            spectrum.plot(
-                np.arange(1, dimensions + 1),
-                np.maximum(eigenvalues, 1e-8),
-                style,
-                color=colour,
-                label=label if label == "codes" else f"{count:,} prior draws",
-            )
-        spectrum.set(yscale="log", title="covariance spectrum", xlabel="rank")
-        spectrum.set_ylabel("eigenvalue")
-        spectrum.legend(loc="lower left")
-
         squared = np.square(codes, dtype=np.float64).sum(axis=1)
         high = max(
             float(np.quantile(squared, 0.99)),
             float(scipy.stats.chi2.ppf(0.9999, dimensions)),
         )
-        norms.hist(
-            squared,
-            np.linspace(0, high, 100),
-            density=True,
-            color=utils.PALE,
-            label="codes",
-        )
+        lengths = np.linspace(0, high, 100)
+        drawn = {"bins": grid, "density": True}
+        marginals.hist(codes.ravel(), color=utils.PALE, label="codes", **drawn)
+        drawn_lengths = drawn | {"bins": lengths}
+        norms.hist(squared, color=utils.PALE, label="codes", **drawn_lengths)
+        if control is not None:
+            step = {"histtype": "step", "color": utils.ACCENT, "label": "control"}
+            marginals.hist(control.ravel(), **step, **drawn)
+            squared = np.square(control, dtype=np.float64).sum(axis=1)
+            norms.hist(squared, **step, **drawn_lengths)
+
+        density = scipy.stats.norm.pdf(grid)
+        marginals.plot(grid, density, "--", color=utils.INK, label="prior")
+        marginals.set(title="all coordinates", xlabel="$z_i$", ylabel="density")
+
+        colours = {"codes": utils.PALE, "control": utils.ACCENT}
+        for label, values in eigenvalues.items():
+            spectrum.plot(
+                np.arange(1, dimensions + 1),
+                np.maximum(values, 1e-8),
+                "-" if label in colours else "--",
+                color=colours.get(label, utils.INK),
+                label=label,
+            )
+        spectrum.set(yscale="log", title="covariance spectrum", xlabel="rank")
+        spectrum.set_ylabel("eigenvalue")
+
         grid = np.linspace(0, high, 600)
-        norms.plot(
-            grid,
-            scipy.stats.chi2.pdf(grid, dimensions),
-            "--",
-            color=utils.INK,
-            label=f"$\\chi^2({dimensions})$",
-        )
+        density = scipy.stats.chi2.pdf(grid, dimensions)
+        label = f"$\\chi^2({dimensions})$"
+        norms.plot(grid, density, "--", color=utils.INK, label=label)
         norms.set(title="squared length", xlabel="$\\|z\\|^2$", ylabel="density")
-        norms.legend()
+        for axes in row:
+            axes.legend(loc="lower left" if axes is spectrum else "best")
 
 
 def great_arc(start: np.ndarray, end: np.ndarray, steps: int) -> np.ndarray:
@@ -990,22 +1093,8 @@ def main() -> None:
     folder = utils.RunFolder(options)
     keras.utils.set_random_seed(options.seed)
     pca = measures.fit_pca(train.images, options.code_dim)
-    networks = (
-        build_encoder(options.code_dim, options.encoder, options.seed),
-        build_decoder(options.code_dim),
-        build_discriminator(options.code_dim),
-    )
-    if options.literal:
-        model = LiteralAdversarialAutoencoder(
-            *networks, options.encoder_loss, options.seed
-        )
-        model.compile(options.learning_rate, LITERAL_ADVERSARIAL_LEARNING_RATE)
-    else:
-        if options.encoder == "gaussian":
-            start_at_pca(networks[0], pca)
-        model = AdversarialAutoencoder(*networks, options.encoder_loss, options.seed)
-        steps = max(1, len(train.images) // options.batch_size)
-        model.compile(options.learning_rate, options.epochs * steps)
+    steps = options.epochs * (len(train.images) // options.batch_size or 1)
+    model = build_model(options, pca, steps)
 
     history = folder.fit(
         model,
@@ -1019,19 +1108,20 @@ def main() -> None:
     )
 
     test_codes = utils.predict(model.encoder, test.images)
-    mean_encoder = without_noise(model.encoder)
-    means = [utils.predict(mean_encoder, split.images) for split in (train, test)]
-    prior = np.random.default_rng(options.seed).standard_normal(
-        (SAMPLES, options.code_dim)
-    )
-    samples = decode(model.decoder, prior)
-    metrics = evaluate(model, splits, test_codes, means, samples, pca)
-    metrics |= {
+    posteriors = [posterior(model.encoder, split.images) for split in (train, test)]
+    means = [mean for mean, _ in posteriors]
+    samples = draw_samples(model.decoder, options.code_dim, options.seed)
+    classifier = None
+    if train.labels is not None:
+        classifier = measures.train_digit_classifier(train.images, train.labels)
+    metrics = {
+        **evaluate(model, valid, test, test_codes, samples, classifier),
+        **describe_classifier(classifier, train, test),
+        **describe_codes(model, train, test, means, samples, pca),
         "loss_discriminator": float(history["discriminator_loss"][-1]),
         "loss_encoder": float(history["encoder_loss"][-1]),
         "fresh_discriminator_accuracy": fresh_discriminator_accuracy(
-            model.encoder,
-            train.images,
+            *posteriors[0],
             test_codes,
             len(history["epoch"]) * (len(train.images) // BATCH_SIZE or 1),
         ),
@@ -1043,9 +1133,7 @@ def main() -> None:
     }
     prefix = f"{options.figures / options.name}_"
     draw_losses(Path(prefix + "losses.png"), history, options.encoder_loss)
-    draw_prior_match(
-        Path(prefix + "prior_match.png"), test_codes, metrics["prior_match"]
-    )
+    draw_prior_match(Path(prefix + "prior_match.png"), test_codes)
     draw_images(prefix, model, test, test_codes, means[1], samples, options.seed)
     draw_nearest(Path(prefix + "nearest.png"), samples[:10], train.images)
     tsne_started = time.perf_counter()

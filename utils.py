@@ -87,8 +87,11 @@ class UsageError(ValueError):
 # Command line ----------------------------------------------------------------------
 
 
-class _OneLineParser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
+    """Tells a mistake in one line, with exit code 2."""
+
     def error(self, message: str) -> NoReturn:
+        """Exit with the message."""
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
 
@@ -129,7 +132,7 @@ def argument_parser(
         learning_rate: default of Adam's, in units of the weights.
         code_dim: default number of dimensions of the code.
     """
-    parser = _OneLineParser(description=description)
+    parser = OneLineParser(description=description)
     parser.set_defaults(name=name, default_data=data, quick_epochs=quick_epochs)
     add = parser.add_argument
     add(
@@ -330,9 +333,10 @@ class RunFolder:
         settings_path = self.path / SETTINGS
         fixed = (
             *("data", "epochs", "batch_size", "learning_rate", "code_dim", "seed"),
-            *("quick", "encoder", "encoder_loss", "literal"),
+            *("quick", "encoder", "encoder_loss", "literal", "recipe"),
         )
         settings = {key: vars(options)[key] for key in sorted(fixed) if key in options}
+        settings = json.loads(json.dumps(settings))  # compared as the file has them
         if options.resume:
             if not self.holds_a_run(self.path):
                 raise UsageError(f"--resume: found no {settings_path}, expected one")
@@ -340,6 +344,7 @@ class RunFolder:
             changed = [key for key in settings if settings[key] != before.get(key)]
             if changed:
                 flag = "--" + changed[0].replace("_", "-")
+                flag = {"--recipe": "a recipe of"}.get(flag, flag)
                 raise UsageError(
                     f"--resume: found {flag} {settings[changed[0]]}, "
                     f"expected {before.get(changed[0])} as in the run so far"

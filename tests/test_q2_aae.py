@@ -77,8 +77,8 @@ def build_literal(rates=(1e-3, 1e-3)):
     return model
 
 
-def build(kind="gaussian", learning_rate=1e-3):
-    model = q2.AdversarialAutoencoder(*networks(kind))
+def build(kind="gaussian", learning_rate=1e-3, **recipe):
+    model = q2.AdversarialAutoencoder(*networks(kind), recipe=q2.Recipe(**recipe))
     model.compile(learning_rate, steps=1000)
     return model
 
@@ -163,11 +163,9 @@ def test_discriminator_learns_against_its_slope():
     images = tf.constant(RNG.integers(0, 256, (64, 784), np.uint8))
     slopes = {}
     for weight in (0.0, 10.0):
-        model = build("deterministic", learning_rate=0.0)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(q2, "GRADIENT_PENALTY", weight)
-            for _ in range(40):
-                found = model.train_step(images)
+        model = build("deterministic", learning_rate=0.0, gradient_penalty=weight)
+        for _ in range(40):
+            found = model.train_step(images)
         with tf.GradientTape() as tape:
             prior = model.draw_prior(500)
             tape.watch(prior)
@@ -178,27 +176,34 @@ def test_discriminator_learns_against_its_slope():
     assert slopes[10.0] < 0.2 * slopes[0.0]
 
 
-def test_water_filling_loses_what_it_is_asked_to():
-    variances = np.array([5.0, 2.0, 1.0, 0.1])
-    noise = q2.water_filling(variances, 1.9)
-    np.testing.assert_allclose(noise, [0.12, 0.3, 0.6, 1.0])  # the level is 0.6
-    assert np.sum(noise * variances) == pytest.approx(1.9)
-    np.testing.assert_array_equal(q2.water_filling(variances, 9.0), np.ones(4))
-
-
 def test_encoder_starts_at_a_linear_code_that_follows_the_prior():
     digits, _ = tiny_digits()
     images = digits.reshape(-1, 784)
     encoder = q2.build_encoder(30)
     pca = fit_pca(images, 30)
-    q2.start_at_pca(encoder, pca)
-    means = utils.predict(q2.without_noise(encoder), images)
+    q2.start_at_pca(encoder, pca, dimensions=12, noise=0.4)
+    means, deviations = q2.posterior(encoder, images)
     scores = pca.transform(images / 255) / np.sqrt(pca.explained_variance_)
-    for mean, score in zip(means.T, scores.T, strict=True):
-        assert np.corrcoef(mean, score)[0, 1] > 0.9999
+    np.testing.assert_allclose(means[:, :12], 0.84**0.5 * scores[:, :12], atol=1e-3)
+    np.testing.assert_array_equal(means[:, 12:], 0)
+    np.testing.assert_allclose(deviations[:, :12], 0.4, rtol=1e-5)
+    np.testing.assert_array_equal(deviations[:, 12:], 1)
     covariance = np.cov(utils.predict(encoder, images), rowvar=False)
     np.testing.assert_allclose(covariance, np.eye(30), atol=0.15)
-    assert means.std(axis=0)[0] > 0.9 > 0.5 > means.std(axis=0)[-1]
+
+
+def test_the_discriminators_rate_stays_unless_it_is_to_decay():
+    images = tf.constant(RNG.integers(0, 256, (16, 784), np.uint8))
+    rates = {}
+    for decays in (False, True):
+        model = build(discriminator_rate_decays=decays)
+        model.compile(1e-3, steps=4)
+        for _ in range(2):
+            model.train_step(images)
+        assert model.optimizer.learning_rate.numpy() == pytest.approx(5e-4)
+        rates[decays] = model.discriminator_optimizer.learning_rate.numpy()
+    rate = q2.DISCRIMINATOR_LEARNING_RATE
+    assert rates == {False: pytest.approx(rate), True: pytest.approx(rate / 2)}
 
 
 def test_encoder_starts_finite_where_images_have_few_dimensions():
@@ -212,19 +217,31 @@ def test_encoder_starts_finite_where_images_have_few_dimensions():
     assert 0.8 < codes.std(axis=0).min() <= codes.std(axis=0).max() < 1.2
 
 
+def test_posterior_has_the_noise_that_codes_have():
+    images = RNG.integers(0, 256, (2, 784), np.uint8)
+    encoder = q2.build_encoder(8)
+    kernel, bias = encoder.get_layer("log_variance").get_weights()
+    encoder.get_layer("log_variance").set_weights([kernel, bias + 2 * np.log(0.3)])
+    means, deviations = q2.posterior(encoder, images)
+    np.testing.assert_allclose(deviations, 0.3, rtol=1e-5)
+    codes = utils.predict(encoder, np.repeat(images[:1], 4000, axis=0))
+    np.testing.assert_allclose(codes.mean(axis=0), means[0], atol=0.03)
+    np.testing.assert_allclose(codes.std(axis=0), 0.3, atol=0.02)
+    point = q2.build_encoder(8, "deterministic")
+    means, deviations = q2.posterior(point, images)
+    np.testing.assert_allclose(means, utils.predict(point, images), atol=1e-6)
+    np.testing.assert_array_equal(deviations, 0)
+
+
 def test_fresh_discriminator_tells_codes_off_the_prior_from_codes_on_it():
-    digits, _ = tiny_digits()
-    images = digits.reshape(-1, 784)[:512]
-    encoder = q2.build_encoder(8, "gaussian")
+    means, deviations = np.zeros((512, 8), np.float32), np.ones((512, 8), np.float32)
     on = RNG.standard_normal((2000, 8)).astype(np.float32)
-    kernel, bias = encoder.get_layer("mean").get_weights()
-    encoder.get_layer("mean").set_weights([0 * kernel, bias])
-    accuracy = q2.fresh_discriminator_accuracy(encoder, images, on, 30)
+    accuracy = q2.fresh_discriminator_accuracy(means, deviations, on, 30)
     assert accuracy == pytest.approx(0.5, abs=0.04)
-    encoder.get_layer("mean").set_weights([0 * kernel, bias + 3])
-    accuracy = q2.fresh_discriminator_accuracy(encoder, images, on + 3, 60)
+    accuracy = q2.fresh_discriminator_accuracy(means + 3, deviations, on + 3, 60)
     assert accuracy > 0.95
-    assert encoder.trainable_variables
+    narrow = q2.fresh_discriminator_accuracy(means, 0.3 * deviations, 0.3 * on, 60)
+    assert narrow > 0.9
 
 
 def test_gaussian_encoder_starts_at_variance_one_and_draws_anew():
@@ -253,8 +270,9 @@ def test_networks_are_perceptrons_that_keep_their_contract_when_saved(tmp_path, 
         ("decoder", q2.build_decoder(), z, (3, 784)),
         ("discriminator", q2.build_discriminator(), z, (3, 1)),
     ):
-        hidden = [w.shape[1] for w in network.weights if w.path.endswith("kernel")]
-        assert hidden[:2] == list(q2.HIDDEN)
+        widths = [w.shape[1] for w in network.weights if w.path.endswith("kernel")]
+        expected = q2.DISCRIMINATOR_HIDDEN if name == "discriminator" else q2.HIDDEN
+        assert tuple(widths[: len(expected)]) == expected
         network.save(tmp_path / f"{name}.keras")
         loaded = keras.saving.load_model(tmp_path / f"{name}.keras")
         found = loaded(given).numpy()
