@@ -173,13 +173,8 @@ def train(
         folder: keeps checkpoint and history.
     """
     steps = max(1, len(train_images) // options.batch_size)
-    schedule = keras.optimizers.schedules.CosineDecay(
-        0.0,
-        max(1, (options.epochs - 1) * steps),
-        warmup_target=options.learning_rate,
-        warmup_steps=steps,
-    )
-    adam = keras.optimizers.Adam(schedule, global_clipnorm=CLIP_NORM)
+    rate = utils.falling_rate(options.learning_rate, options.epochs, steps)
+    adam = keras.optimizers.Adam(rate, global_clipnorm=CLIP_NORM)
     autoencoder.compile(adam, "mse", jit_compile=False)
     autoencoder.optimizer.build(autoencoder.trainable_variables)
     validation = tf.data.Dataset.from_tensor_slices(valid_images).batch(250)

@@ -51,7 +51,7 @@ HIDDEN = (400, 400, 400, 400)  # hidden layers of encoder and decoder
 DISCRIMINATOR_HIDDEN = (400, 400, 400)
 EPOCHS = 60
 BATCH_SIZE = 256
-LEARNING_RATE = 1e-3  # of encoder and decoder; decays to zero along a cosine
+LEARNING_RATE = 2e-3  # of encoder and decoder; see `utils.falling_rate`
 DISCRIMINATOR_LEARNING_RATE = 2e-3  # stays, so that it gets ahead of the encoder
 MOMENTUM = 0.5  # Adam's beta_1: a long memory makes two adversaries circle each other
 ADVERSARIAL_WEIGHT = 20.0  # of (c), in squared errors summed over an image, a nat
@@ -79,7 +79,7 @@ class Recipe(NamedTuple):
     """What else the default run sets; the comparisons vary it."""
 
     hidden: tuple[int, ...] = HIDDEN
-    starts_at_pca: bool = True
+    start_dimensions: int = START_DIMENSIONS  # 0: the encoder starts at random
     adversarial_weight: float = ADVERSARIAL_WEIGHT
     discriminator_learning_rate: float = DISCRIMINATOR_LEARNING_RATE
     discriminator_rate_decays: bool = False
@@ -197,7 +197,7 @@ def build_encoder(
 def start_at_pca(
     encoder: keras.Model,
     pca: PCA,
-    dimensions: int = START_DIMENSIONS,
+    dimensions: int,
     noise: float = START_NOISE,
 ) -> None:
     """Set a Gaussian encoder's weights to a linear code whose aggregate is the prior's.
@@ -337,23 +337,20 @@ class AdversarialAutoencoder(_Seeded, keras.Model):
         }
         self.built = True
 
-    def compile(self, learning_rate: float, steps: int) -> None:
+    def compile(self, learning_rate: float, epochs: int, steps: int) -> None:
         """Give the autoencoder and the discriminator their Adams.
 
         Args:
-            learning_rate: of encoder and decoder at the start.
-            steps: after which it has decayed to zero.
+            learning_rate: of encoder and decoder, as in `utils.falling_rate`.
+            epochs: of the whole run.
+            steps: training steps in an epoch.
         """
         recipe = self.recipe
-        decay = keras.optimizers.schedules.CosineDecay
         discriminator_rate = recipe.discriminator_learning_rate
         if recipe.discriminator_rate_decays:
-            discriminator_rate = decay(discriminator_rate, steps)
-        super().compile(
-            optimizer=keras.optimizers.Adam(
-                decay(learning_rate, steps), recipe.momentum
-            )
-        )
+            discriminator_rate = utils.falling_rate(discriminator_rate, epochs, steps)
+        rate = utils.falling_rate(learning_rate, epochs, steps)
+        super().compile(optimizer=keras.optimizers.Adam(rate, recipe.momentum))
         self.discriminator_optimizer = keras.optimizers.Adam(
             discriminator_rate, recipe.momentum
         )
@@ -498,7 +495,7 @@ def build_model(
     Args:
         options: the completed command line.
         pca: of the training images, where the encoder may start.
-        steps: training steps of the whole run.
+        steps: training steps in an epoch.
         recipe: by default the default run's.
     """
     recipe = recipe or Recipe()
@@ -513,12 +510,12 @@ def build_model(
         )
         model.compile(options.learning_rate, LITERAL_ADVERSARIAL_LEARNING_RATE)
         return model
-    if options.encoder == "gaussian" and recipe.starts_at_pca:
-        start_at_pca(networks[0], pca)
+    if options.encoder == "gaussian" and recipe.start_dimensions:
+        start_at_pca(networks[0], pca, recipe.start_dimensions)
     model = AdversarialAutoencoder(
         *networks, options.encoder_loss, options.seed, recipe
     )
-    model.compile(options.learning_rate, steps)
+    model.compile(options.learning_rate, options.epochs, steps)
     return model
 
 
@@ -672,7 +669,7 @@ def fresh_discriminator_accuracy(
         means: float32 (N, D), of q(z|x) for the training images, that it learns from.
         deviations: float32 (N, D), standard deviations of the same.
         test_codes: float32 (M, D), that it is judged on, beside as many draws.
-        steps: of training, at the default batch size.
+        steps: of training.
 
     Returns:
         Accuracy in [0, 1].
@@ -1093,7 +1090,7 @@ def main() -> None:
     folder = utils.RunFolder(options)
     keras.utils.set_random_seed(options.seed)
     pca = measures.fit_pca(train.images, options.code_dim)
-    steps = options.epochs * (len(train.images) // options.batch_size or 1)
+    steps = len(train.images) // options.batch_size or 1
     model = build_model(options, pca, steps)
 
     history = folder.fit(
@@ -1123,7 +1120,7 @@ def main() -> None:
         "fresh_discriminator_accuracy": fresh_discriminator_accuracy(
             *posteriors[0],
             test_codes,
-            len(history["epoch"]) * (len(train.images) // BATCH_SIZE or 1),
+            options.epochs * steps,
         ),
         "literal": options.literal,
         "encoder": options.encoder,

@@ -1,20 +1,19 @@
 """Question 2's comparisons: what each part of the default run is worth.
 
-    python q2_comparisons.py          # every row of the report's table
-    python q2_comparisons.py vae      # that row, then the table of what there is
+    python q2_comparisons.py                # every row of the report's tables
+    python q2_comparisons.py --rows vae     # that row; the tables of what there is
 
-The rows lead from the assignment to the letter to the default run, one change at a
-time; then come other weights of the adversary, other seeds, two hidden layers in place
-of four, and, as an outside reference, a variational autoencoder of the same widths.
-Every row is trained for as long, on the same images, and goes on from its last epoch
-if it was interrupted; a row that is finished is not trained again.
+Some rows are trained for as long as the default run: the control (the assignment to the
+letter), the default under other seeds, and, as an outside reference, a variational
+autoencoder of the same widths. The others, for a quarter as long, lead from the letter
+to the default one change at a time, and then try other choices. A row that was
+interrupted goes on after its last epoch, and one that is finished is not trained again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,11 +29,11 @@ import metrics as measures
 import q2_aae as q2
 from read_MNIST_M import Split, load_digits
 
-VAE_LEARNING_RATE = 1e-3  # decays to zero along a cosine, as the default run's
+VAE_LEARNING_RATE = 1e-3
 
 
 class Row(NamedTuple):
-    """A row of the report's table.
+    """A row of the report's tables.
 
     `beta` is None but for a variational autoencoder.
     """
@@ -45,40 +44,58 @@ class Row(NamedTuple):
     beta: float | None = None
 
 
+FULL_ROWS = {
+    "literal": Row("the assignment to the letter", ("--literal",)),
+    "vae": Row("variational autoencoder", beta=1.0),
+    "default": Row("the default run"),
+    "seed-1": Row("the same, seed 1", ("--seed", "1")),
+    "seed-2": Row("the same, seed 2", ("--seed", "2")),
+}
+SEEDS = ("default", "seed-1", "seed-2")
+OWN_RUNS = ("literal", "default")  # what q2_aae.py trains by itself
+
+SHORT = ("--epochs", str(q2.EPOCHS // 4))
+LETTER = (*SHORT, "--literal")
+GAUSSIAN = (*LETTER, "--encoder", "gaussian")
 PLAIN = q2.Recipe(
-    starts_at_pca=False,
+    start_dimensions=0,
     discriminator_learning_rate=q2.LEARNING_RATE,
     discriminator_rate_decays=True,
     momentum=0.9,
     gradient_penalty=0.0,
 )
-STARTED = PLAIN._replace(starts_at_pca=True)
-FASTER = STARTED._replace(
-    discriminator_learning_rate=q2.DISCRIMINATOR_LEARNING_RATE, momentum=q2.MOMENTUM
-)
-SMOOTH = FASTER._replace(gradient_penalty=q2.GRADIENT_PENALTY)
-LETTER = ("--literal", "--encoder", "gaussian")
-ROWS = {
-    "literal": Row("the assignment to the letter", ("--literal",)),
-    "gaussian": Row("+ Gaussian encoder", LETTER),
+STARTED = PLAIN._replace(start_dimensions=q2.START_DIMENSIONS)
+NIMBLE = STARTED._replace(momentum=q2.MOMENTUM)
+SMOOTH = NIMBLE._replace(gradient_penalty=q2.GRADIENT_PENALTY)
+DEFAULT = q2.Recipe()
+SHORT_ROWS = {
+    "letter": Row("the assignment to the letter", LETTER),
+    "gaussian": Row("+ Gaussian encoder", GAUSSIAN),
     "non-saturating": Row(
-        "+ −log D in (c)", (*LETTER, "--encoder-loss", "non-saturating")
+        "+ −log D in (c)", (*GAUSSIAN, "--encoder-loss", "non-saturating")
     ),
-    "one-adam": Row("+ one Adam for the weighted sum", (), PLAIN),
-    "start": Row("+ start at principal components", (), STARTED),
-    "faster": Row("+ faster discriminator, less momentum", (), FASTER),
-    "smooth": Row("+ R1 on the discriminator", (), SMOOTH),
-    "default": Row("+ the discriminator's rate stays: **the default**"),
-    "seed-1": Row("the default, seed 1", ("--seed", "1")),
-    "seed-2": Row("the default, seed 2", ("--seed", "2")),
-    "shallow": Row("two hidden layers", (), q2.Recipe(hidden=q2.HIDDEN[:2])),
-    "weight-5": Row("weight 5", (), q2.Recipe(adversarial_weight=5.0)),
-    "weight-80": Row("weight 80", (), q2.Recipe(adversarial_weight=80.0)),
-    "vae": Row("variational autoencoder", beta=1.0),
-    "vae-0.25": Row("variational autoencoder, β = 0.25", beta=0.25),
+    "one-adam": Row("+ one Adam for the weighted sum", SHORT, PLAIN),
+    "start": Row("+ start at principal components", SHORT, STARTED),
+    "nimble": Row("+ less momentum", SHORT, NIMBLE),
+    "smooth": Row("+ R1 on the discriminator", SHORT, SMOOTH),
+    "whole": Row("+ the discriminator's rate stays: the default", SHORT),
+    "shallow": Row(
+        "the default with two hidden layers",
+        SHORT,
+        DEFAULT._replace(hidden=q2.HIDDEN[:2]),
+    ),
+    "wide-start": Row(
+        "the default from 40 components", SHORT, DEFAULT._replace(start_dimensions=40)
+    ),
+    "light": Row(
+        "the default, weight 5", SHORT, DEFAULT._replace(adversarial_weight=5)
+    ),
+    "heavy": Row(
+        "the default, weight 80", SHORT, DEFAULT._replace(adversarial_weight=80)
+    ),
+    "short-vae": Row("variational autoencoder", SHORT, beta=1.0),
 }
-SEEDS = ("default", "seed-1", "seed-2")
-OWN_RUNS = ("literal", "default")  # what q2_aae.py trains by itself
+ROWS = FULL_ROWS | SHORT_ROWS
 
 
 def parse_options(
@@ -90,16 +107,17 @@ def parse_options(
         epilog="Settings of q2_aae.py, such as --quick or --data, hold for every row.",
     )
     parser.add_argument(
-        "rows",
-        nargs="*",
-        metavar="ROW",
-        help=f"of {', '.join(ROWS)} (default: all)",
+        "--rows",
+        metavar="ROW,ROW",
+        default=",".join(ROWS),
+        help="what to train and measure (default: %(default)s)",
     )
-    options, others = parser.parse_known_intermixed_args(arguments)
-    for name in options.rows:
+    options, others = parser.parse_known_args(arguments)
+    rows = options.rows.split(",")
+    for name in rows:
         if name not in ROWS:
-            raise utils.UsageError(f"found row {name}, expected {', '.join(ROWS)}")
-    return options.rows or list(ROWS), others
+            raise utils.UsageError(f"--rows: found {name}, expected {', '.join(ROWS)}")
+    return rows, others
 
 
 class VariationalAutoencoder(keras.Model):
@@ -119,9 +137,9 @@ class VariationalAutoencoder(keras.Model):
         self.mse = keras.metrics.Mean("mse")
         self.built = True
 
-    def compile(self, learning_rate: float, steps: int) -> None:
-        """Give it an Adam whose rate decays to zero over `steps` along a cosine."""
-        rate = keras.optimizers.schedules.CosineDecay(learning_rate, steps)
+    def compile(self, learning_rate: float, epochs: int, steps: int) -> None:
+        """Give it an Adam, its rate as the default run's; see `utils.falling_rate`."""
+        rate = utils.falling_rate(learning_rate, epochs, steps)
         super().compile(optimizer=keras.optimizers.Adam(rate))
         self.optimizer.build(self.trainable_variables)
 
@@ -134,17 +152,21 @@ class VariationalAutoencoder(keras.Model):
         """Return the reconstructions, float32 (N, 784), of images in [0, 1]."""
         return self.decoder(self.encoder(x, training=training), training=training)
 
+    def minus_bound(self, x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Return what training minimises, in nats, and the reconstructions (N, 784)."""
+        codes, mean, log_variance = self.posterior(x, training=True)
+        restored = self.decoder(codes, training=True)
+        surprise = q2.PIXELS * keras.losses.binary_crossentropy(x, restored)
+        divergence = 0.5 * tf.reduce_sum(
+            tf.square(mean) + tf.exp(log_variance) - 1.0 - log_variance, axis=-1
+        )
+        return tf.reduce_mean(surprise + self.beta * divergence), restored
+
     def train_step(self, images: tf.Tensor) -> dict[str, tf.Tensor]:
         """Take a step up the evidence bound on a batch of uint8 images (N, 784)."""
         x = utils.unit_floats(images)
         with tf.GradientTape() as tape:
-            codes, mean, log_variance = self.posterior(x, training=True)
-            restored = self.decoder(codes, training=True)
-            likelihood = -q2.PIXELS * keras.losses.binary_crossentropy(x, restored)
-            divergence = 0.5 * tf.reduce_sum(
-                tf.square(mean) + tf.exp(log_variance) - 1.0 - log_variance, axis=-1
-            )
-            loss = tf.reduce_mean(self.beta * divergence - likelihood)
+            loss, restored = self.minus_bound(x)
         variables = self.trainable_variables
         self.optimizer.apply(tape.gradient(loss, variables), variables)
         self.mse.update_state(tf.square(x - restored))
@@ -161,9 +183,11 @@ def run_options(name: str, others: Sequence[str]) -> argparse.Namespace:
     """Return the completed command line of a row, in a run folder of its own."""
     row = ROWS[name]
     options = q2.parse_options([*row.arguments, *others])
+    root = options.run_dir.parent
+    options.run_dir = root / options.name
     if name not in OWN_RUNS:
-        options.run_dir = options.run_dir.parent / "q2_comparisons" / name
-        options.figures = options.run_dir  # its history and its metrics
+        options.run_dir = root / "q2_comparisons" / name
+        options.figures = options.run_dir  # of its history
     options.recipe = row.recipe._asdict()
     if row.beta is not None:
         options.learning_rate = VAE_LEARNING_RATE
@@ -179,7 +203,7 @@ def train(
     train_split, valid, _ = splits
     folder = utils.RunFolder(options)
     keras.utils.set_random_seed(options.seed)
-    steps = options.epochs * (len(train_split.images) // options.batch_size or 1)
+    steps = len(train_split.images) // options.batch_size or 1
     if row.beta is None:
         pca = measures.fit_pca(train_split.images, options.code_dim)
         model = q2.build_model(options, pca, steps, row.recipe)
@@ -188,7 +212,7 @@ def train(
         encoder = q2.build_encoder(options.code_dim, "gaussian", options.seed)
         decoder = q2.build_decoder(options.code_dim)
         model = VariationalAutoencoder(encoder, decoder, row.beta)
-        model.compile(options.learning_rate, steps)
+        model.compile(options.learning_rate, options.epochs, steps)
         parts = {}
     history = folder.fit(
         model,
@@ -235,16 +259,12 @@ def draw_frontier(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
             title="Reconstruction against samples: lower left is better",
         )
         for name, found in rows.items():
-            colour = utils.INK
-            if name in SEEDS or name.startswith("weight"):
-                colour = utils.ACCENT
-            elif name.startswith("vae"):
-                colour = utils.PALE
+            full = name in FULL_ROWS
             point = found["test_mse"], found["frechet_distance"]
-            axes.plot(*point, "o", color=colour)
-            axes.annotate(
-                name, point, (4, 3), textcoords="offset points", fontsize=8, color="k"
-            )
+            colour = utils.ACCENT if full else utils.INK
+            axes.plot(*point, "o" if full else ".", color=colour)
+            place = {"xytext": (4, 3), "textcoords": "offset points"}
+            axes.annotate(name, point, **place, fontsize=8)
 
 
 def draw_controls(
@@ -277,10 +297,8 @@ def draw_controls(
     )
 
 
-def report_block(
-    rows: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, Any]
-) -> str:
-    """Return the report's block, in Markdown."""
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a table of rows in Markdown."""
 
     def cells(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
         match, loss = found["prior_match"], found["loss_discriminator"]
@@ -301,28 +319,45 @@ def report_block(
         *("what was trained", "test MSE", "L_D", "eigenvalues", "MMD² · 10⁴"),
         *("Fréchet", "Parzen", "seconds"),
     )
-    parts = [utils.markdown_table(header, [cells(*item) for item in rows.items()])]
+    return utils.markdown_table(header, [cells(*item) for item in rows.items()])
+
+
+def report_blocks(
+    rows: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, Any]
+) -> dict[str, str]:
+    """Return the report's blocks, in Markdown."""
+    parts = [table({name: rows[name] for name in FULL_ROWS if name in rows})]
     seeds = [rows[name] for name in SEEDS if name in rows]
     if len(seeds) > 1 and seeds[0]["frechet_distance"] is not None:
-        columns = (
-            ("test MSE", [row["test_mse"] for row in seeds], ".4f"),
-            ("L_D", [row["loss_discriminator"] for row in seeds], ".3f"),
-            ("MMD² · 10⁴", [row["prior_match"]["mmd"] * 1e4 for row in seeds], ".1f"),
-            ("Fréchet distance", [row["frechet_distance"] for row in seeds], ".1f"),
-        )
         spread = "; ".join(
-            f"{title} {np.mean(values):{form}} ({min(values):{form}} .. "
-            f"{max(values):{form}})"
-            for title, values, form in columns
+            f"{title} {np.mean(values):{form}} ± {np.std(values, ddof=1):{form}}"
+            for title, values, form in (
+                ("test MSE", [row["test_mse"] for row in seeds], ".4f"),
+                ("L_D", [row["loss_discriminator"] for row in seeds], ".3f"),
+                (
+                    "MMD² · 10⁴",
+                    [1e4 * row["prior_match"]["mmd"] for row in seeds],
+                    ".1f",
+                ),
+                ("Fréchet distance", [row["frechet_distance"] for row in seeds], ".1f"),
+            )
         )
-        parts.append(f"The default over {len(seeds)} seeds, mean and range: {spread}.")
-    if {"vae", "default"} <= rows.keys() and rows["vae"]["frechet_distance"]:
-        ratio = rows["default"]["frechet_distance"] / rows["vae"]["frechet_distance"]
         parts.append(
-            "The default run's Fréchet distance is "
-            f"{ratio:.2f} times the variational autoencoder's."
+            f"The default over {len(seeds)} seeds, mean and standard deviation: "
+            f"{spread}."
         )
-    return "\n\n".join((*parts, utils.provenance(metrics)))
+    if {"vae", "default"} <= rows.keys() and rows["vae"]["frechet_distance"]:
+        ratio = rows["vae"]["frechet_distance"] / rows["default"]["frechet_distance"]
+        parts.append(
+            "The variational autoencoder's Fréchet distance is "
+            f"{ratio:.1f} times the default run's."
+        )
+    parts.append(utils.provenance(metrics))
+    short = table({name: rows[name] for name in SHORT_ROWS if name in rows})
+    return {
+        "q2.comparisons": "\n\n".join(parts),
+        "q2.ablation": f"{SHORT[1]} epochs each:\n\n{short}",
+    }
 
 
 def main() -> None:
@@ -353,9 +388,8 @@ def main() -> None:
         if file.exists()
     }
     figures = base.figures
-    if {"literal", "default"} <= rows.keys():
-        controls = {name: runs[name] for name in ("literal", "default")}
-        draw_controls(figures, controls, test)
+    if rows.keys() >= set(OWN_RUNS):
+        draw_controls(figures, {name: runs[name] for name in OWN_RUNS}, test)
     if classifier is not None:
         draw_frontier(figures / "q2_frontier.png", rows)
     metrics = utils.write_metrics(
@@ -368,9 +402,9 @@ def main() -> None:
         "q2_comparisons_metrics.json",
     )
     if base.updates_report:
-        utils.update_report({"q2.comparisons": report_block(rows, metrics)})
+        utils.update_report(report_blocks(rows, metrics))
     print(f"{len(rows)} of {len(ROWS)} rows are in {figures}.")
 
 
 if __name__ == "__main__":
-    sys.exit(utils.run_script(main))
+    utils.run_script(main)

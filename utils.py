@@ -303,6 +303,21 @@ def shuffled_batches(
     )
 
 
+def falling_rate(
+    rate: float, epochs: int, steps: int
+) -> keras.optimizers.schedules.LearningRateSchedule:
+    """Return a rate that rises over an epoch, then decays to zero along a cosine.
+
+    Args:
+        rate: the highest.
+        epochs: of the whole run.
+        steps: training steps in an epoch.
+    """
+    return keras.optimizers.schedules.CosineDecay(
+        0.0, max(1, (epochs - 1) * steps), warmup_target=rate, warmup_steps=steps
+    )
+
+
 def unit_floats(images: tf.Tensor) -> tf.Tensor:
     """Scale uint8 0..255 to float32 0..1, in the graph."""
     return tf.cast(images, tf.float32) / 255.0
