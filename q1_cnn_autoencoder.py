@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -156,6 +155,23 @@ def as_pair(images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     return scaled, scaled
 
 
+def compile_autoencoder(
+    autoencoder: keras.Model, learning_rate: float, epochs: int, steps: int
+) -> None:
+    """Give an autoencoder its loss and its Adam.
+
+    Args:
+        autoencoder: as `build_autoencoder` returns it.
+        learning_rate: as in `utils.falling_rate`.
+        epochs: of the whole run.
+        steps: training steps in an epoch.
+    """
+    rate = utils.falling_rate(learning_rate, epochs, steps)
+    adam = keras.optimizers.Adam(rate, global_clipnorm=CLIP_NORM)
+    autoencoder.compile(adam, "mse", jit_compile=False)
+    autoencoder.optimizer.build(autoencoder.trainable_variables)
+
+
 def train(
     autoencoder: keras.Model,
     train_images: np.ndarray,
@@ -173,10 +189,7 @@ def train(
         folder: keeps checkpoint and history.
     """
     steps = max(1, len(train_images) // options.batch_size)
-    rate = utils.falling_rate(options.learning_rate, options.epochs, steps)
-    adam = keras.optimizers.Adam(rate, global_clipnorm=CLIP_NORM)
-    autoencoder.compile(adam, "mse", jit_compile=False)
-    autoencoder.optimizer.build(autoencoder.trainable_variables)
+    compile_autoencoder(autoencoder, options.learning_rate, options.epochs, steps)
     validation = tf.data.Dataset.from_tensor_slices(valid_images).batch(250)
     return folder.fit(
         autoencoder,
@@ -486,7 +499,7 @@ def sweep(options: argparse.Namespace, splits: Sequence[Split]) -> dict[str, str
         The report's block.
     """
     train_split, _, test = splits
-    started = time.perf_counter()
+    watch = utils.Stopwatch()
     rows = []
     for code_dim in SWEEP:
         name = f"sweep/{code_dim}"
@@ -496,7 +509,7 @@ def sweep(options: argparse.Namespace, splits: Sequence[Split]) -> dict[str, str
         rows.append(row)
     seconds = sum(row["training_seconds"] for row in rows)
     metrics = {"sweep": rows, "training_seconds": seconds}
-    metrics = utils.write_metrics(options, metrics, started, "q1_sweep_metrics.json")
+    metrics = utils.write_metrics(options, metrics, watch, "q1_sweep_metrics.json")
     draw_rate_distortion(options.figures / "q1_rate_distortion.png", rows)
     table = utils.markdown_table(
         ("code", "CNN test MSE", "PCA test MSE", "ratio", "CNN PSNR (dB)", "PCA PSNR"),
@@ -545,7 +558,7 @@ def baselines(options: argparse.Namespace, splits: Sequence[Split]) -> dict[str,
     Returns:
         The report's block.
     """
-    started = time.perf_counter()
+    watch = utils.Stopwatch()
     train_split, _, test = splits
     code_dim = options.code_dim
     pca = fit_pca(train_split.images, code_dim)
@@ -566,9 +579,7 @@ def baselines(options: argparse.Namespace, splits: Sequence[Split]) -> dict[str,
         "seed_spread": (max(by_seed) - min(by_seed)) / np.mean(by_seed),
         "training_seconds": sum(row["training_seconds"] for row in rows.values()),
     }
-    metrics = utils.write_metrics(
-        options, metrics, started, "q1_baselines_metrics.json"
-    )
+    metrics = utils.write_metrics(options, metrics, watch, "q1_baselines_metrics.json")
     table = utils.markdown_table(
         ("autoencoder", "validation MSE", "test MSE"),
         [
@@ -589,7 +600,7 @@ def baselines(options: argparse.Namespace, splits: Sequence[Split]) -> dict[str,
 
 def main() -> None:
     """Answer question 1."""
-    started = time.perf_counter()
+    watch = utils.Stopwatch()
     options = parse_options()
     splits = utils.limit_splits(load_mnist_m(options.data), options.quick)
     train_split, valid, test = splits
@@ -599,14 +610,17 @@ def main() -> None:
             utils.update_report(blocks)
         return
     folder = utils.RunFolder(options)
+    watch.lap("data")
     keras.utils.set_random_seed(options.seed)
     autoencoder = build_autoencoder(options.code_dim)
 
     history = train(autoencoder, train_split.images, valid.images, options, folder)
+    watch.lap("training")
 
     errors = squared_errors(autoencoder, test.images)
     masks = read_masks(Path(options.data), len(test.images))
     metrics = evaluate(autoencoder, train_split, test, errors, masks)
+    watch.lap("metrics")
     figures = options.figures
     draw_loss(figures / "q1_loss.png", history, metrics)
     draw_reconstructions(
@@ -614,8 +628,10 @@ def main() -> None:
     )
     draw_extremes(figures / "q1_extremes.png", autoencoder, test.images, errors)
     draw_errors(figures / "q1_errors.png", metrics, errors)
+    watch.lap("figures")
+    watch.seconds["first step"] = folder.first_step_seconds
     metrics["training_seconds"] = float(history["seconds"].sum())
-    metrics = utils.write_metrics(options, metrics, started)
+    metrics = utils.write_metrics(options, metrics, watch)
     if options.updates_report:
         utils.update_report(report_blocks(metrics))
     print(f"Test MSE {metrics['test_mse']:.5f}, PCA {metrics['pca_test_mse']:.5f}.")

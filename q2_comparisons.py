@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -362,7 +361,7 @@ def report_blocks(
 
 def main() -> None:
     """Train the rows that are asked for; refresh the report with all that there are."""
-    started = time.perf_counter()
+    watch = utils.Stopwatch()
     wanted, others = parse_options()
     base = q2.parse_options(others)
     splits = utils.limit_splits(load_digits(base.data), base.quick)
@@ -398,7 +397,7 @@ def main() -> None:
             "rows": rows,
             "training_seconds": sum(row["training_seconds"] for row in rows.values()),
         },
-        started,
+        watch,
         "q2_comparisons_metrics.json",
     )
     if base.updates_report:

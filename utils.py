@@ -269,6 +269,30 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     sys.exit(0)
 
 
+class Stopwatch:
+    """Notes what each stage of a run takes, in seconds of wall-clock time."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.started = self.last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """Add the time since the last call to a stage."""
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.last
+        self.last = now
+
+
+def peak_memory_mib() -> float | None:
+    """Return the most memory that this process ever held, None on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
 # Training --------------------------------------------------------------------------
 
 
@@ -345,6 +369,7 @@ class RunFolder:
         self.history_path: Path = options.figures / f"{options.name}_history.csv"
         self.checkpoint = self.path / CHECKPOINT
         self.rows: list[dict[str, float]] = []
+        self.first_step_seconds = 0.0
         settings_path = self.path / SETTINGS
         fixed = (
             *("data", "epochs", "batch_size", "learning_rate", "code_dim", "seed"),
@@ -480,6 +505,8 @@ class _Recorder(keras.callbacks.Callback):
         self.started = time.perf_counter()
 
     def on_train_batch_end(self, batch: int, logs: Mapping | None = None) -> None:
+        if not self.folder.first_step_seconds:
+            self.folder.first_step_seconds = time.perf_counter() - self.started
         for name, value in (logs or {}).items():
             if not np.isfinite(value):
                 good = (
@@ -566,7 +593,7 @@ def image_grid(
 def write_metrics(
     options: argparse.Namespace,
     metrics: Mapping[str, Any],
-    started: float,
+    watch: Stopwatch,
     file_name: str | None = None,
 ) -> dict[str, Any]:
     """Write a run's metrics with where they come from.
@@ -574,7 +601,7 @@ def write_metrics(
     Args:
         options: the completed command line.
         metrics: the numbers.
-        started: `time.perf_counter()` at the run's start.
+        watch: started when the run did.
         file_name: in the folder of the figures; by default `NAME_metrics.json`.
 
     Returns:
@@ -588,7 +615,9 @@ def write_metrics(
         "seed": options.seed,
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in PACKAGES},
-        "wall_seconds": time.perf_counter() - started,
+        "wall_seconds": time.perf_counter() - watch.started,
+        "stage_seconds": watch.seconds,
+        "peak_memory_mib": peak_memory_mib(),
     }
     path = options.figures / (file_name or f"{options.name}_metrics.json")
     with replacing(path) as temporary:

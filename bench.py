@@ -1,0 +1,419 @@
+"""How fast both scripts train, against this machine's own ceiling.
+
+    python bench.py                   # the training steps, and each script once whole
+    python bench.py --steps-only      # the training steps alone
+    python bench.py --against torch   # the same networks in PyTorch, taken in turn
+    python bench.py --json            # the same as JSON
+
+The ceiling is the rate of one large matrix product, measured in the same run. It is
+what the arithmetic of a step is set against; `count_flops` says what is counted. Speeds
+are medians over rounds in which all contestants take their turn, for a machine's speed
+drifts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import utils
+
+import keras
+import numpy as np
+import tensorflow as tf
+from sklearn.decomposition import PCA
+
+import q1_cnn_autoencoder as q1
+import q2_aae as q2
+
+SIZE = 4096  # of the matrices whose product is the ceiling
+IMAGES = 8192  # random ones that the steps train on
+SECONDS = 3.0  # that a contestant's turn takes, about
+SCRIPTS = {"q1": "q1_cnn_autoencoder.py", "q2": "q2_aae.py"}
+FLOATS_PER_PRODUCT = 2  # a multiplication and an addition
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = utils.OneLineParser(description="Measure the speed of both scripts.")
+    add = parser.add_argument
+    add("--json", action="store_true", help="print JSON instead of a table")
+    add(
+        "--against",
+        choices=("torch",),
+        help="train the same networks in PyTorch, which must be installed",
+    )
+    add(
+        "--steps-only",
+        action="store_true",
+        help="leave out the whole runs (six minutes): no stages, no peak memory",
+    )
+    add(
+        "--rounds",
+        type=utils.positive_int,
+        default=5,
+        metavar="N",
+        help="turns of each contestant (default: %(default)s)",
+    )
+    return parser.parse_args(arguments)
+
+
+# Arithmetic ------------------------------------------------------------------------
+
+
+def count_flops(step: Callable, *signature: tf.TensorSpec) -> int:
+    """Count the arithmetic of the matrix products and convolutions in a function.
+
+    Each multiplication and each addition counts. A product of (m, k) and (k, n) has
+    2 m k n. A convolution, its gradient by the input and its gradient by the kernel
+    each have 2 times the kernel's size times the pixels of the smaller image. What is
+    done to each number by itself (activations, Adam) is left out: it takes time, but
+    is not what the ceiling measures.
+
+    Args:
+        step: what `tf.function` can trace.
+        signature: of its arguments, shapes complete.
+    """
+    graph = tf.function(step).get_concrete_function(*signature).graph
+    total = 0
+    for operation in graph.get_operations():
+        shapes = [tuple(tensor.shape) for tensor in operation.inputs]
+        if operation.type == "MatMul":
+            inner = shapes[0][0 if operation.get_attr("transpose_a") else 1]
+            products = inner * np.prod(operation.outputs[0].shape)
+        elif operation.type == "Conv2D":
+            products = np.prod(shapes[1][:3]) * np.prod(operation.outputs[0].shape)
+        elif operation.type == "Conv2DBackpropInput":
+            products = np.prod(shapes[1][:3]) * np.prod(shapes[2])
+        elif operation.type == "Conv2DBackpropFilter":
+            products = np.prod(operation.outputs[0].shape[:3]) * np.prod(shapes[2])
+        else:
+            continue
+        total += FLOATS_PER_PRODUCT * int(products)
+    return total
+
+
+# Contestants -----------------------------------------------------------------------
+# Each is a function that trains, or multiplies, a number of times.
+
+
+def matrix_product(dtype: str) -> Callable[[int], None]:
+    """Return the ceiling: the product of two SIZE x SIZE matrices."""
+    a = tf.cast(tf.random.normal((SIZE, SIZE)), dtype)
+    product = tf.function(lambda: tf.linalg.matmul(a, a))
+
+    def repeat(times: int) -> None:
+        for _ in range(times):
+            product().numpy()
+
+    return repeat
+
+
+def training(
+    model: keras.Model, images: np.ndarray, batch_size: int, prepare: Callable
+) -> Callable[[int], None]:
+    """Return what trains a script's model as `RunFolder.fit` does."""
+    batches = utils.shuffled_batches(images, batch_size, seed=0).map(prepare)
+    stream = iter(batches)
+
+    def repeat(times: int) -> None:
+        model.fit(stream, steps_per_epoch=times, shuffle=False, verbose=0)
+
+    return repeat
+
+
+def script_steps() -> dict[str, tuple[Callable[[int], None], int, int]]:
+    """Build both scripts' training steps at their default settings.
+
+    Returns:
+        By question: what trains, images in a batch, and arithmetic in a step.
+    """
+    rng = np.random.default_rng(0)
+    keras.utils.set_random_seed(0)
+
+    images = rng.integers(0, 256, (IMAGES, 28, 28, 3), np.uint8)
+    autoencoder = q1.build_autoencoder()
+    q1.compile_autoencoder(autoencoder, q1.LEARNING_RATE, q1.EPOCHS, 461)
+
+    def q1_step(batch: tf.Tensor) -> None:
+        x = utils.unit_floats(batch)
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(x - autoencoder(x, training=True)))
+        tape.gradient(loss, autoencoder.trainable_variables)
+
+    first = tf.TensorSpec((q1.BATCH_SIZE, 28, 28, 3), tf.uint8)
+    q1_flops = count_flops(q1_step, first)
+
+    digits = rng.integers(0, 256, (IMAGES, q2.PIXELS), np.uint8)
+    options = q2.parse_options(["--data", "unread"])
+    model = q2.build_model(options, PCA(q2.CODE_DIM).fit(digits / 255.0), 230)
+    second = tf.TensorSpec((q2.BATCH_SIZE, q2.PIXELS), tf.uint8)
+    q2_flops = count_flops(model.train_step, second)
+    return {
+        "q1": (
+            training(autoencoder, images, q1.BATCH_SIZE, q1.as_pair),
+            q1.BATCH_SIZE,
+            q1_flops,
+        ),
+        "q2": (
+            training(model, digits, q2.BATCH_SIZE, tf.identity),
+            q2.BATCH_SIZE,
+            q2_flops,
+        ),
+    }
+
+
+def torch_steps() -> dict[str, dict[str, Callable[[int], None]]]:
+    """Build the same networks, losses and optimizers in PyTorch.
+
+    Returns:
+        By question and by kind, "eager" or "compile", what trains.
+
+    Raises:
+        UsageError: PyTorch is not installed.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise utils.UsageError(f"--against torch: {error}; install torch") from error
+    from torch import nn
+    from torch.nn import functional
+
+    def repeated(step: Callable, images: torch.Tensor, size: int) -> Callable:
+        def repeat(times: int) -> None:
+            for _ in range(times):
+                step(images[torch.randint(len(images), (size,))].float() / 255)
+
+        return repeat
+
+    def q1_model() -> Callable[[torch.Tensor], None]:
+        (narrow, wide), gelu = q1.WIDTHS, nn.GELU
+        network = nn.Sequential(
+            *(nn.Conv2d(3, narrow, 4, 2, 1), gelu()),
+            *(nn.Conv2d(narrow, wide, 4, 2, 1), gelu()),
+            *(nn.Conv2d(wide, wide, 3, 1, 1), gelu(), nn.Flatten()),
+            nn.Linear(49 * wide, q1.CODE_DIM),
+            *(nn.Linear(q1.CODE_DIM, 49 * wide), gelu(), nn.Unflatten(1, (wide, 7, 7))),
+            *(nn.ConvTranspose2d(wide, wide, 3, 1, 1), gelu()),
+            *(nn.ConvTranspose2d(wide, narrow, 4, 2, 1), gelu()),
+            *(nn.ConvTranspose2d(narrow, 3, 4, 2, 1), nn.Sigmoid()),
+        )
+        adam = torch.optim.Adam(network.parameters(), q1.LEARNING_RATE)
+
+        def step(x: torch.Tensor) -> None:
+            adam.zero_grad()
+            functional.mse_loss(network(x), x).backward()
+            nn.utils.clip_grad_norm_(network.parameters(), q1.CLIP_NORM)
+            adam.step()
+
+        return step
+
+    def perceptron(first: int, hidden: Sequence[int]) -> nn.Sequential:
+        widths = (first, *hidden)
+        pairs = zip(widths, hidden, strict=False)
+        layers = (layer for a, b in pairs for layer in (nn.Linear(a, b), nn.GELU()))
+        return nn.Sequential(*layers)
+
+    def q2_model() -> Callable[[torch.Tensor], None]:
+        body = perceptron(q2.PIXELS, q2.HIDDEN)
+        heads = nn.Linear(q2.HIDDEN[-1], 2 * q2.CODE_DIM)
+        decoder = perceptron(q2.CODE_DIM, q2.HIDDEN)
+        decoder.extend([nn.Linear(q2.HIDDEN[-1], q2.PIXELS), nn.Sigmoid()])
+        discriminator = perceptron(q2.CODE_DIM, q2.DISCRIMINATOR_HIDDEN)
+        discriminator.append(nn.Linear(q2.DISCRIMINATOR_HIDDEN[-1], 1))
+        both = [*body.parameters(), *heads.parameters(), *decoder.parameters()]
+        betas = (q2.MOMENTUM, 0.999)
+        adam = torch.optim.Adam(both, q2.LEARNING_RATE, betas)
+        other = torch.optim.Adam(
+            discriminator.parameters(), q2.DISCRIMINATOR_LEARNING_RATE, betas
+        )
+
+        def step(x: torch.Tensor) -> None:
+            mean, log_variance = heads(body(x)).chunk(2, dim=1)
+            codes = mean + torch.exp(log_variance / 2) * torch.randn_like(mean)
+            squared = (decoder(codes) - x).square().sum(dim=1).mean()
+
+            prior = torch.randn_like(mean).requires_grad_()
+            prior_logits = discriminator(prior)
+            slopes = torch.autograd.grad(prior_logits.sum(), prior, create_graph=True)
+            penalty = slopes[0].square().sum(dim=1).mean() / 2
+            loss = functional.softplus(-prior_logits).mean()
+            loss = loss + functional.softplus(discriminator(codes.detach())).mean()
+            other.zero_grad()
+            (loss + q2.GRADIENT_PENALTY * penalty).backward()
+            other.step()
+
+            for parameter in discriminator.parameters():
+                parameter.requires_grad_(False)
+            loss = functional.softplus(-discriminator(codes)).mean()
+            adam.zero_grad()
+            (squared + q2.ADVERSARIAL_WEIGHT * loss).backward()
+            adam.step()
+            for parameter in discriminator.parameters():
+                parameter.requires_grad_(True)
+
+        return step
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    colour = torch.randint(256, (IMAGES, 3, 28, 28), dtype=torch.uint8)
+    digits = torch.randint(256, (IMAGES, q2.PIXELS), dtype=torch.uint8)
+    steps = {}
+    for name, build, images, size in (
+        ("q1", q1_model, colour, q1.BATCH_SIZE),
+        ("q2", q2_model, digits, q2.BATCH_SIZE),
+    ):
+        steps[name] = {"eager": repeated(build(), images, size)}
+        compiled = repeated(torch.compile(build()), images, size)
+        try:
+            compiled(1)
+        except Exception as error:  # its compiler fails in many ways
+            print(f"torch.compile of {name}: {error!r:.200}", file=sys.stderr)
+        else:
+            steps[name]["compile"] = compiled
+    return steps
+
+
+# Measurement -----------------------------------------------------------------------
+
+
+def take_turns(
+    contestants: Mapping[str, Callable[[int], None]], rounds: int
+) -> dict[str, float]:
+    """Time contestants in turn.
+
+    Args:
+        contestants: by name; each repeats what it does a number of times.
+        rounds: turns of each.
+
+    Returns:
+        Seconds for one time, by name: the median over the rounds.
+    """
+    times, seconds = {}, {name: [] for name in contestants}
+    for name, repeat in contestants.items():
+        repeat(2)  # compiles
+        started = time.perf_counter()
+        repeat(4)
+        each = (time.perf_counter() - started) / 4
+        times[name] = max(4, round(SECONDS / each))
+    for _ in range(rounds):
+        for name, repeat in contestants.items():
+            started = time.perf_counter()
+            repeat(times[name])
+            seconds[name].append((time.perf_counter() - started) / times[name])
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def whole_run(question: str) -> dict[str, Any]:
+    """Run a script whole, but for one epoch only; return what its metrics say.
+
+    Returns:
+        `stages` in seconds, `import` among them, and `peak_memory_mib`.
+
+    Raises:
+        UsageError: the script failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            *(sys.executable, SCRIPTS[question], "--epochs", "1"),
+            *("--figures", f"{folder}/figures", "--run-dir", f"{folder}/run"),
+        ]
+        started = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True)
+        seconds = time.perf_counter() - started
+        if done.returncode:
+            raise utils.UsageError(f"{SCRIPTS[question]} failed: {done.stderr}")
+        metrics = json.loads(
+            Path(folder, "figures", f"{question}_metrics.json").read_text("utf-8")
+        )
+    stages = {"import": seconds - metrics["wall_seconds"], **metrics["stage_seconds"]}
+    return {"stages": stages, "peak_memory_mib": metrics["peak_memory_mib"]}
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure what the command line asks for."""
+    steps = script_steps()
+    contestants = {kind: matrix_product(kind) for kind in ("float32", "bfloat16")}
+    contestants |= {name: repeat for name, (repeat, _, _) in steps.items()}
+    if options.against:
+        for name, kinds in torch_steps().items():
+            contestants |= {f"{name} {kind}": step for kind, step in kinds.items()}
+    seconds = take_turns(contestants, options.rounds)
+
+    rates = {
+        kind: FLOATS_PER_PRODUCT * SIZE**3 / seconds[kind] / 1e9
+        for kind in ("float32", "bfloat16")
+    }
+    found = {"matmul_gflops": rates}
+    for name, (_, batch_size, flops) in steps.items():
+        gflops = flops / seconds[name] / 1e9
+        found[name] = {
+            "batch_size": batch_size,
+            "images_per_second": batch_size / seconds[name],
+            "gflop_per_step": flops / 1e9,
+            "gflops": gflops,
+            "fraction_of_matmul_rate": gflops / rates["float32"],
+            "peak_memory_mib": None,
+            "stages": None,
+        }
+        for kind in ("eager", "compile"):
+            other = seconds.get(f"{name} {kind}")
+            if options.against:
+                ratio = None if other is None else other / seconds[name]
+                found[name][f"against_torch_{kind}"] = ratio
+        if not options.steps_only:
+            found[name] |= whole_run(name)
+    return found
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """Return what was measured as plain text."""
+    rates = found["matmul_gflops"]
+    lines = [
+        f"Product of two {SIZE} x {SIZE} matrices: {rates['float32']:.0f} GFLOP/s in "
+        f"float32, {rates['bfloat16']:.0f} in bfloat16.",
+        "",
+    ]
+    labels = {
+        "batch_size": ("images in a step", ".0f"),
+        "images_per_second": ("images/s", ",.0f"),
+        "gflop_per_step": ("GFLOP a step", ".2f"),
+        "gflops": ("GFLOP/s", ".0f"),
+        "fraction_of_matmul_rate": ("of the float32 rate", ".0%"),
+        "against_torch_eager": ("times PyTorch, eager", ".2f"),
+        "against_torch_compile": ("times torch.compile", ".2f"),
+        "peak_memory_mib": ("peak memory (MiB)", ",.0f"),
+    }
+    lines.append(f"{'':24}{'q1':>10}{'q2':>10}")
+    for key, (label, form) in labels.items():
+        values = [found[name].get(key) for name in SCRIPTS]
+        if any(value is not None for value in values):
+            texts = ["-" if value is None else f"{value:{form}}" for value in values]
+            lines.append(f"{label:24}{texts[0]:>10}{texts[1]:>10}")
+    if found["q1"]["stages"]:
+        lines += ["", "Seconds of a whole run of one epoch:"]
+        stages = dict.fromkeys(k for name in SCRIPTS for k in found[name]["stages"])
+        for stage in stages:
+            values = [found[name]["stages"].get(stage) for name in SCRIPTS]
+            texts = ["-" if value is None else f"{value:.1f}" for value in values]
+            lines.append(f"{stage:24}{texts[0]:>10}{texts[1]:>10}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure and print."""
+    options = parse_options()
+    found = measure(options)
+    print(json.dumps(found, indent=2) if options.json else table(found))
+
+
+if __name__ == "__main__":
+    utils.run_script(main)
