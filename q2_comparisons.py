@@ -87,10 +87,10 @@ SHORT_ROWS = {
         "the default from 40 components", SHORT, DEFAULT._replace(start_dimensions=40)
     ),
     "light": Row(
-        "the default, weight 5", SHORT, DEFAULT._replace(adversarial_weight=5)
+        "the default, weight 10", SHORT, DEFAULT._replace(adversarial_weight=10)
     ),
     "heavy": Row(
-        "the default, weight 80", SHORT, DEFAULT._replace(adversarial_weight=80)
+        "the default, weight 160", SHORT, DEFAULT._replace(adversarial_weight=160)
     ),
     "short-vae": Row("variational autoencoder", SHORT, beta=1.0),
 }

@@ -17,7 +17,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 @contextlib.contextmanager
@@ -62,7 +67,7 @@ FIGURES = "figures"
 REPORT = "report.md"
 QUICK_SIZES = (2_000, 200, 500)  # train, validation and test images
 LEAST_SIZES = (100, 1, 20)
-SETTINGS, CHECKPOINT = "settings.json", "checkpoint.weights.h5"
+SETTINGS, CHECKPOINT, LOCK = "settings.json", "checkpoint.weights.h5", "lock"
 PACKAGES = ("tensorflow", "keras", "numpy", "scikit-learn", "openTSNE", "matplotlib")
 
 # Readable in grey: dark, light and dashed differ without colour.
@@ -252,9 +257,13 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     """Run a script's `main` and exit: 0 done, 2 user's mistake, 130 interrupted."""
 
     def interrupt(*_: object) -> NoReturn:
+        # Once is enough: a second signal must not cut short what the first one saves.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     script = Path(sys.argv[0]).name
     try:
         main()
@@ -362,6 +371,10 @@ class RunFolder:
     Args:
         options: the completed command line; `run_dir`, `figures`, `resume` and what
             must not change when a run is resumed.
+
+    Raises:
+        UsageError: `resume` without a run, or with other settings; or another run is
+            at work in the folder.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -371,6 +384,9 @@ class RunFolder:
         self.rows: list[dict[str, float]] = []
         self.first_step_seconds = 0.0
         settings_path = self.path / SETTINGS
+        if options.resume and not self.holds_a_run(self.path):
+            raise UsageError(f"--resume: found no {settings_path}, expected one")
+        self.lock = self._locked()
         fixed = (
             *("data", "epochs", "batch_size", "learning_rate", "code_dim", "seed"),
             *("quick", "encoder", "encoder_loss", "literal", "recipe"),
@@ -378,8 +394,6 @@ class RunFolder:
         settings = {key: vars(options)[key] for key in sorted(fixed) if key in options}
         settings = json.loads(json.dumps(settings))  # compared as the file has them
         if options.resume:
-            if not self.holds_a_run(self.path):
-                raise UsageError(f"--resume: found no {settings_path}, expected one")
             before = json.loads(settings_path.read_text(encoding="utf-8"))
             changed = [key for key in settings if settings[key] != before.get(key)]
             if changed:
@@ -393,6 +407,24 @@ class RunFolder:
             self.checkpoint.unlink(missing_ok=True)
             with replacing(settings_path) as temporary:
                 temporary.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+    def _locked(self) -> IO[str]:
+        """Return a file whose lock keeps a second run out for as long as it is open.
+
+        The system drops the lock with the process, however that ends. Windows has none.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = (self.path / LOCK).open("w")
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                raise UsageError(
+                    f"{self.path}: found another run at work in this folder, expected "
+                    "none (--run-dir names another)"
+                ) from None
+        return file
 
     @staticmethod
     def holds_a_run(path: Path) -> bool:
