@@ -365,6 +365,19 @@ def predict(model: keras.Model, images: np.ndarray) -> np.ndarray:
     return model.predict(batches.map(unit_floats), verbose=0)
 
 
+@contextlib.contextmanager
+def _damage_told(path: Path, expected: str) -> Iterator[None]:
+    """Tell in one line that a file of a run is damaged or another's.
+
+    Its bytes may make Keras, h5py or the standard library raise errors of any kind.
+    """
+    try:
+        yield
+    except Exception as error:
+        found = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UsageError(f"{path}: found {found}, expected {expected}") from error
+
+
 class RunFolder:
     """A run's folder: its checkpoint, its settings, its models and its history.
 
@@ -394,7 +407,8 @@ class RunFolder:
         settings = {key: vars(options)[key] for key in sorted(fixed) if key in options}
         settings = json.loads(json.dumps(settings))  # compared as the file has them
         if options.resume:
-            before = json.loads(settings_path.read_text(encoding="utf-8"))
+            with _damage_told(settings_path, "settings of a run"):
+                before = dict(json.loads(settings_path.read_text(encoding="utf-8")))
             changed = [key for key in settings if settings[key] != before.get(key)]
             if changed:
                 flag = "--" + changed[0].replace("_", "-")
@@ -443,15 +457,21 @@ class RunFolder:
         """
         if not self.checkpoint.exists():
             return 0  # new, or interrupted before its first epoch ended
-        model.load_weights(self.checkpoint)
+        with _damage_told(self.checkpoint, "a checkpoint of this run"):
+            model.load_weights(self.checkpoint)
         # The weights' own step count, so that no second file can disagree with them.
         done = int(model.optimizer.iterations.numpy()) // steps_per_epoch
-        with self.history_path.open(newline="", encoding="utf-8") as file:
+        with (
+            _damage_told(self.history_path, f"the history of {done} epochs"),
+            self.history_path.open(newline="", encoding="utf-8") as file,
+        ):
             rows = [
                 {key: float(value) for key, value in row.items()}
                 for row in csv.DictReader(file)
             ]
-        self.rows = rows[:done]
+            self.rows = rows[:done]
+            if len(self.rows) != done or any("seconds" not in row for row in rows):
+                raise ValueError(f"{len(rows)} of them")
         print(f"Going on after epoch {done} of {self.checkpoint}.")
         return done
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -77,13 +78,24 @@ def history(question, folder):
         return list(csv.DictReader(file))
 
 
-def test_another_setting_under_resume_is_refused(tiny_data, tmp_path):
+def test_another_setting_or_a_damaged_run_under_resume_is_refused(tiny_data, tmp_path):
     data = tiny_data / "MNIST_M.npy"
     assert run("q1", tmp_path, data, "--epochs", "1").returncode == 0
     done = run("q1", tmp_path, data, "--resume", "--code-dim", "7")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "--code-dim 7, expected 128" in done.stderr
+
+    for name, content in (
+        ("run/checkpoint.weights.h5", b"not a checkpoint"),
+        ("figures/q1_history.csv", b"epoch,seconds\n1,soon\n"),
+        ("run/settings.json", b"{"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        done = run("q1", tmp_path, data, "--epochs", "1", "--resume")
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1, done.stderr
+        assert name in done.stderr
 
 
 def check_outputs(question, folder):
@@ -124,6 +136,21 @@ def stop_after_an_epoch(question, folder, data, *arguments):
     assert "--resume" in error.strip().splitlines()[-1]
 
 
+def kill_at_random(question, folder, data, *arguments):
+    """Go on, for as long as chance will have it, and then be gone without a word."""
+    process = subprocess.Popen(
+        command(question, folder, data, *arguments, "--resume"),
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        cwd=folder,
+    )
+    try:
+        process.wait(timeout=random.uniform(3, 25))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 def test_q1_survives_an_interruption_and_ends_as_if_there_was_none(tiny_data, tmp_path):
     data = tiny_data / "MNIST_M.npy"
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -136,6 +163,7 @@ def test_q1_survives_an_interruption_and_ends_as_if_there_was_none(tiny_data, tm
     stop_after_an_epoch("q1", broken, data, "--epochs", "3")
     assert (broken / "run" / "autoencoder.keras").exists()
 
+    kill_at_random("q1", broken, data, "--epochs", "3")
     resumed = run("q1", broken, data, "--epochs", "3", "--resume")
     assert resumed.returncode == 0, resumed.stderr
     check_outputs("q1", broken)
@@ -167,6 +195,7 @@ def test_q2_resumes_with_all_optimizers_and_random_states(
     assert metrics["literal"] == ("--literal" in kind)
 
     stop_after_an_epoch("q2", broken, data, *kind)
+    kill_at_random("q2", broken, data, *kind)
     done = run("q2", broken, data, *kind, "--resume")
     assert done.returncode == 0, done.stderr
     check_outputs(name, broken)

@@ -1,16 +1,21 @@
 """The loader: what it accepts, what it refuses, and that nothing hostile runs."""
 
+import functools
 import io
+import operator
 import os
 import pickle
 import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
 from conftest import save_pairs
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from read_MNIST_M import DataError, load_digits, load_mnist_m, read_pickle
 
@@ -119,13 +124,18 @@ class _Call:
 
 @pytest.mark.parametrize("in_items", [False, True])
 @pytest.mark.parametrize("protocol", [2, 4])
-@pytest.mark.parametrize("name", ["system", "eval", "load", "frombuffer", "zeros"])
+@pytest.mark.parametrize(
+    "name",
+    ["system", "eval", "load", "partial", "attrgetter", "frombuffer", "zeros"],
+)
 def test_hostile_pickle_is_refused_before_it_runs(tmp_path, name, protocol, in_items):
     witness = tmp_path / "it_ran"
     hostile = {
         "system": _Call(os.system, f"touch {witness}"),
         "eval": _Call(eval, f"open({str(witness)!r}, 'w')"),
         "load": _Call(np.load, str(witness)),
+        "partial": _Call(functools.partial, os.system, f"touch {witness}"),
+        "attrgetter": _Call(operator.attrgetter, "system.__call__"),
         "frombuffer": _Call(np.frombuffer, b"1234"),
         "zeros": _Call(np.zeros, 10),
     }[name]
@@ -226,6 +236,32 @@ def test_wrong_pair_is_refused(tmp_path, images, labels):
         load_mnist_m(tmp_path / "x.npy")
 
 
+def test_splits_of_one_image_are_read(tmp_path):
+    one = (IMAGES[0][:1], ONE_HOT[0][:1])
+    save_pairs(tmp_path / "x.npy", [one] * 3)
+    assert [split.images.shape for split in load_mnist_m(tmp_path / "x.npy")] == [
+        (1, 28, 28, 3)
+    ] * 3
+
+
+@pytest.mark.parametrize("refused", ["call at the end", "huge shape"])
+def test_refusing_takes_memory_in_proportion_to_the_file(tmp_path, refused):
+    pickler = Python2Pickler("numpy.core")
+    pixels = pickler.string(bytes(20_000_000))
+    if refused == "huge shape":
+        data = pickler.array((2**30, 2**30), b"u1", pixels)
+    else:
+        data = pixels + b"cos\nsystem\n(K\x01tR"
+    path = tmp_path / "x.npy"
+    path.write_bytes(npy_of_objects(b"\x80\x02" + data + b"."))
+    tracemalloc.start()
+    with pytest.raises(DataError):
+        load_mnist_m(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3 * path.stat().st_size
+
+
 def test_truncated_pickle_is_refused(tmp_path, tiny_data):
     content = (tiny_data / "data.npy").read_bytes()
     path = tmp_path / "data.npy"
@@ -241,3 +277,67 @@ def test_readers_start_without_tensorflow():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert found.stdout.strip() == "False"
+
+
+def samples():
+    """Valid files of every kind that is read, small: their bytes."""
+    pairs = [(x[:2], y[:2]) for x, y in zip(IMAGES, LABELS, strict=True)]
+    content = np.empty(3, object)
+    content[:] = pairs
+    plain = io.BytesIO()
+    np.save(plain, np.concatenate([x[:3] for x in IMAGES]))
+    return [
+        npy_of_objects(Python2Pickler("numpy.core").dump(pairs)),
+        *(npy_of_objects(pickle.dumps(content, protocol)) for protocol in (2, 4)),
+        plain.getvalue(),
+    ]
+
+
+EDITS = st.lists(
+    st.tuples(
+        st.sampled_from(["set", "insert", "delete", "cut", "repeat"]),
+        st.floats(0, 1),
+        st.binary(min_size=1, max_size=9),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(
+    max_examples=1500,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(which=st.integers(0, 3), edits=EDITS, near_the_structure=st.booleans())
+def test_mutated_file_is_read_right_or_refused(
+    tmp_path, which, edits, near_the_structure
+):
+    content = bytearray(samples()[which])
+    # The pixels are most of the bytes; what has structure is at both ends.
+    reach = min(len(content), 700 if near_the_structure else len(content))
+    for kind, place, new in edits:
+        at = int(place * reach)
+        if kind == "set":
+            content[at : at + len(new)] = new
+        elif kind == "insert":
+            content[at:at] = new
+        elif kind == "delete":
+            del content[at : at + len(new)]
+        elif kind == "cut":
+            del content[at:]
+        else:
+            content[at:at] = content[at : at + 50]
+    path = tmp_path / "mutated.npy"
+    path.write_bytes(content)
+    try:
+        splits = load_mnist_m(path)
+    except DataError as error:
+        assert "\n" not in str(error)
+        return
+    for images, labels in splits:
+        assert images.dtype == np.uint8
+        assert images.shape[1:] == (28, 28, 3)
+        assert len(images) > 0
+        assert labels is None or (labels.shape == images.shape[:1])
+        assert labels is None or set(labels.tolist()) <= set(range(10))

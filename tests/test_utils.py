@@ -1,7 +1,14 @@
 """The shared floor: command line, batches, report blocks, exit codes."""
 
+import argparse
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
 import utils
 
+import keras
 import numpy as np
 import pytest
 
@@ -123,3 +130,58 @@ def test_report_blocks_are_rewritten_and_prose_is_kept(tmp_path):
     with pytest.raises(utils.UsageError, match="0 blocks b"):
         utils.update_report({"b": "new"}, path)
     assert path.read_text() == prose.format("new \\1")
+
+
+def run_options(folder, **changes):
+    return argparse.Namespace(
+        run_dir=folder, figures=folder, name="q1", resume=False, epochs=3, **changes
+    )
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
+    first = utils.RunFolder(run_options(tmp_path))
+    with pytest.raises(utils.UsageError, match="another run at work"):
+        utils.RunFolder(run_options(tmp_path))
+    utils.RunFolder(run_options(tmp_path / "other"))
+    del first
+    utils.RunFolder(run_options(tmp_path))
+
+
+def test_full_disk_is_told_and_what_was_there_stays(tmp_path, monkeypatch, capsys):
+    folder = utils.RunFolder(run_options(tmp_path))
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    folder.record(model, {"epoch": 1, "seconds": 1.0})
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(keras.Model, "save_weights", full)
+    monkeypatch.setattr(csv, "DictWriter", full)
+    with pytest.raises(SystemExit) as ended:
+        utils.run_script(lambda: folder.record(model, {"epoch": 2, "seconds": 1.0}))
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert "No space left on device" in error
+    assert error.count("\n") == 1
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_a_second_signal_does_not_cut_short_what_the_first_one_saves(tmp_path):
+    code = f"""
+import sys; sys.path.insert(0, {str(Path(utils.__file__).parent)!r})
+import os, signal, time, utils
+def main():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(9)
+    except KeyboardInterrupt:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        open({str(tmp_path / "saved")!r}, "w").write("whole")
+        raise
+utils.run_script(main)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 130, done.stderr
+    assert (tmp_path / "saved").read_text() == "whole"
