@@ -132,10 +132,9 @@ def training(
 ) -> Callable[[int], None]:
     """Return what trains a script's model as `RunFolder.fit` does."""
     batches = utils.shuffled_batches(images, batch_size, seed=0).map(prepare)
-    stream = iter(batches)
 
     def repeat(times: int) -> None:
-        model.fit(stream, steps_per_epoch=times, shuffle=False, verbose=0)
+        model.fit(batches, steps_per_epoch=times, shuffle=False, verbose=0)
 
     return repeat
 

@@ -89,3 +89,19 @@ def test_contestants_are_timed_for_one_time_each():
         found = bench.take_turns(contestants, 3)
     assert found["slow"] == pytest.approx(0.02, rel=0.3)
     assert found["fast"] == pytest.approx(0.005, rel=0.3)
+
+
+def test_what_is_measured_is_told_for_both_questions(monkeypatch):
+    monkeypatch.setattr(bench, "SECONDS", 0.1)
+    monkeypatch.setattr(bench, "SIZE", 256)
+    monkeypatch.setattr(bench, "IMAGES", 512)
+    options = bench.parse_options(["--steps-only", "--rounds", "1"])
+    found = bench.measure(options)
+    for name in ("q1", "q2"):
+        speed = found[name]["images_per_second"]
+        assert speed > 0
+        arithmetic = found[name]["gflop_per_step"] / found[name]["batch_size"]
+        assert found[name]["gflops"] == pytest.approx(arithmetic * speed)
+        ratio = found[name]["gflops"] / found["matmul_gflops"]["float32"]
+        assert found[name]["fraction_of_matmul_rate"] == pytest.approx(ratio)
+    assert f"{found['q2']['images_per_second']:,.0f}" in bench.table(found)
