@@ -114,7 +114,7 @@ def prior_match(
 
     Args:
         codes: float (N, D).
-        rng: draws the prior's side of the MMD.
+        rng: chooses the codes for the MMD, and draws the prior's side of it.
         mmd_size: how many codes and prior draws the MMD compares.
 
     Returns:
@@ -126,7 +126,8 @@ def prior_match(
         but for the spread of N samples.
     """
     codes = codes.astype(np.float64)
-    chosen = codes[:mmd_size]
+    # At random: the first half of MNIST's test images is the neater one.
+    chosen = codes[rng.permutation(len(codes))[:mmd_size]]
     prior = rng.standard_normal(chosen.shape)
     std = codes.std(axis=0)
     eigenvalues = np.linalg.eigvalsh(np.atleast_2d(np.cov(codes, rowvar=False)))
