@@ -91,11 +91,13 @@ def test_another_setting_or_a_damaged_run_under_resume_is_refused(tiny_data, tmp
         ("figures/q1_history.csv", b"epoch,seconds\n1,soon\n"),
         ("run/settings.json", b"{"),
     ):
+        whole = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(content)
         done = run("q1", tmp_path, data, "--epochs", "1", "--resume")
         assert done.returncode == 2
         assert done.stderr.count("\n") == 1, done.stderr
         assert name in done.stderr
+        (tmp_path / name).write_bytes(whole)
 
 
 def check_outputs(question, folder):
@@ -145,7 +147,7 @@ def kill_at_random(question, folder, data, *arguments):
         cwd=folder,
     )
     try:
-        process.wait(timeout=random.uniform(3, 25))
+        process.wait(timeout=random.uniform(3, 15))
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
