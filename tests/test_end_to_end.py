@@ -49,6 +49,7 @@ KEYS = {
         "fresh_discriminator_accuracy",
         "knn_accuracy",
         "nearest_training_image",
+        "signal_dimensions",
         "tsne_trustworthiness",
     },
 }
@@ -107,8 +108,12 @@ def check_outputs(question, folder):
         assert image.std() > 0.02
     path = folder / "figures" / f"{question}_metrics.json"
     metrics = json.loads(path.read_text())
-    common = {"data", "seed", "versions", "wall_seconds"}
+    common = {"data", "seed", "versions", "wall_seconds", "peak_memory_mib"}
     assert KEYS[question[:2]] | common <= metrics.keys()
+    stages = metrics["stage_seconds"]
+    assert {"data", "first step", "training", "metrics", "figures"} <= stages.keys()
+    assert 0 < stages["first step"] < stages["training"] < metrics["wall_seconds"]
+    assert 100 < metrics["peak_memory_mib"] < 2560
     rows = history(question, folder)
     assert [int(float(row["epoch"])) for row in rows] == [1, 2, 3]
     return metrics
@@ -118,6 +123,13 @@ def same_but_for_time(a, b):
     for first, second in zip(a, b, strict=True):
         for key in first.keys() - {"seconds"}:
             assert float(first[key]) == pytest.approx(float(second[key]), rel=1e-4)
+
+
+def same_figures(question, a, b):
+    """Compare figures byte for byte: seed, machine and versions fix them."""
+    for figure in FIGURES[question[:2]]:
+        name = f"figures/{question}_{figure}.png"
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
 
 
 def stop_after_an_epoch(question, folder, data, *arguments):
@@ -170,6 +182,7 @@ def test_q1_survives_an_interruption_and_ends_as_if_there_was_none(tiny_data, tm
     assert resumed.returncode == 0, resumed.stderr
     check_outputs("q1", broken)
     same_but_for_time(history("q1", whole), history("q1", broken))
+    same_figures("q1", whole, broken)
 
     model = keras.saving.load_model(whole / "run" / "autoencoder.keras")
     restored = model.predict(np.zeros((2, 28, 28, 3), np.float32), verbose=0)
@@ -202,6 +215,7 @@ def test_q2_resumes_with_all_optimizers_and_random_states(
     assert done.returncode == 0, done.stderr
     check_outputs(name, broken)
     same_but_for_time(history(name, whole), history(name, broken))
+    same_figures(name, whole, broken)
 
     codes = np.zeros((2, 100), np.float32)
     decoder = keras.saving.load_model(whole / "run" / "decoder.keras")
