@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -257,13 +258,29 @@ def draw_frontier(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
             ylabel="Fréchet distance of samples",
             title="Reconstruction against samples: lower left is better",
         )
-        for name, found in rows.items():
+        places = {
+            name: (math.log10(row["test_mse"]), math.log10(row["frechet_distance"]))
+            for name, row in rows.items()
+        }
+        for name, (x, y) in places.items():
             full = name in FULL_ROWS
-            point = found["test_mse"], found["frechet_distance"]
+            point = 10**x, 10**y
             colour = utils.ACCENT if full else utils.INK
             axes.plot(*point, "o" if full else ".", color=colour)
-            place = {"xytext": (4, 3), "textcoords": "offset points"}
-            axes.annotate(name, point, **place, fontsize=8)
+            if name not in SEEDS[1:]:
+                crowded = any(
+                    0 < other_x - x < 0.06 and abs(other_y - y) < 0.1
+                    for other_x, other_y in places.values()
+                )
+                side, offset = ("right", -6) if crowded else ("left", 6)
+                place = {"xytext": (offset, -3), "textcoords": "offset points"}
+                axes.annotate(name, point, **place, ha=side, fontsize=8)
+        for marker, colour, label in (
+            ("o", utils.ACCENT, "as long as the default"),
+            (".", utils.INK, "a quarter as long"),
+        ):
+            axes.plot([], [], marker, color=colour, label=label)
+        axes.legend(loc="upper center")
 
 
 def draw_controls(
