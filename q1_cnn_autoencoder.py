@@ -188,7 +188,7 @@ def train(
         options: the completed command line.
         folder: keeps checkpoint and history.
     """
-    steps = max(1, len(train_images) // options.batch_size)
+    steps = utils.steps_per_epoch(train_images, options.batch_size)
     compile_autoencoder(autoencoder, options.learning_rate, options.epochs, steps)
     validation = tf.data.Dataset.from_tensor_slices(valid_images).batch(250)
     return folder.fit(

@@ -518,6 +518,28 @@ def build_model(
     return model
 
 
+def train(
+    model: keras.Model,
+    train_split: Split,
+    valid: Split,
+    options: argparse.Namespace,
+    folder: utils.RunFolder,
+) -> dict[str, np.ndarray]:
+    """Train a compiled model as its `train_step` says; return the history.
+
+    Whichever of encoder, decoder and discriminator it has are saved in the folder.
+    """
+    names = ("encoder", "decoder", "discriminator")
+    return folder.fit(
+        model,
+        train_split.images,
+        options,
+        tf.identity,
+        tf.data.Dataset.from_tensor_slices(valid.images).batch(500),
+        **{name: getattr(model, name) for name in names if hasattr(model, name)},
+    )
+
+
 # Evaluation ------------------------------------------------------------------------
 
 
@@ -1092,39 +1114,33 @@ def main() -> None:
     watch = utils.Stopwatch()
     options = parse_options()
     splits = utils.limit_splits(load_digits(options.data), options.quick)
-    train, valid, test = splits
+    train_split, valid, test = splits
     folder = utils.RunFolder(options)
     keras.utils.set_random_seed(options.seed)
     watch.lap("data")
-    pca = measures.fit_pca(train.images, options.code_dim)
-    steps = len(train.images) // options.batch_size or 1
+    pca = measures.fit_pca(train_split.images, options.code_dim)
+    steps = utils.steps_per_epoch(train_split.images, options.batch_size)
     model = build_model(options, pca, steps)
 
-    history = folder.fit(
-        model,
-        train.images,
-        options,
-        tf.identity,
-        tf.data.Dataset.from_tensor_slices(valid.images).batch(500),
-        encoder=model.encoder,
-        decoder=model.decoder,
-        discriminator=model.discriminator,
-    )
-
+    history = train(model, train_split, valid, options, folder)
     watch.lap("training")
     watch.seconds["first step"] = folder.first_step_seconds
 
     test_codes = utils.predict(model.encoder, test.images)
-    posteriors = [posterior(model.encoder, split.images) for split in (train, test)]
+    posteriors = [
+        posterior(model.encoder, split.images) for split in (train_split, test)
+    ]
     means = [mean for mean, _ in posteriors]
     samples = draw_samples(model.decoder, options.code_dim, options.seed)
     classifier = None
-    if train.labels is not None:
-        classifier = measures.train_digit_classifier(train.images, train.labels)
+    if train_split.labels is not None:
+        classifier = measures.train_digit_classifier(
+            train_split.images, train_split.labels
+        )
     metrics = {
         **evaluate(model, valid, test, test_codes, samples, classifier),
-        **describe_classifier(classifier, train, test),
-        **describe_codes(model, train, test, posteriors, samples, pca),
+        **describe_classifier(classifier, train_split, test),
+        **describe_codes(model, train_split, test, posteriors, samples, pca),
         "loss_discriminator": float(history["discriminator_loss"][-1]),
         "loss_encoder": float(history["encoder_loss"][-1]),
         "fresh_discriminator_accuracy": fresh_discriminator_accuracy(
@@ -1143,14 +1159,14 @@ def main() -> None:
     draw_losses(Path(prefix + "losses.png"), history, options.encoder_loss)
     draw_prior_match(Path(prefix + "prior_match.png"), test_codes)
     draw_images(prefix, model, test, test_codes, means[1], samples, options.seed)
-    draw_nearest(Path(prefix + "nearest.png"), samples[:10], train.images)
+    draw_nearest(Path(prefix + "nearest.png"), samples[:10], train_split.images)
     watch.lap("figures")
     points = embed(means[0], options.seed)
     watch.lap("t-SNE")
     metrics["tsne_trustworthiness"] = float(
         trustworthiness(means[0][:TRUSTED], points[:TRUSTED])
     )
-    draw_tsne(Path(prefix + "tsne.png"), points, train.labels)
+    draw_tsne(Path(prefix + "tsne.png"), points, train_split.labels)
     watch.lap("figures")
 
     metrics = utils.write_metrics(options, metrics, watch)

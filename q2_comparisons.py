@@ -24,6 +24,7 @@ import utils
 import keras
 import numpy as np
 import tensorflow as tf
+from sklearn.decomposition import PCA
 
 import metrics as measures
 import q2_aae as q2
@@ -196,46 +197,33 @@ def run_options(name: str, others: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def train(
-    row: Row, options: argparse.Namespace, splits: Sequence[Split]
-) -> tuple[keras.Model, dict[str, np.ndarray]]:
-    """Train a row's model, or go on with it; return it with its history."""
-    train_split, valid, _ = splits
-    folder = utils.RunFolder(options)
-    keras.utils.set_random_seed(options.seed)
-    steps = len(train_split.images) // options.batch_size or 1
+def build_model(
+    row: Row, options: argparse.Namespace, pca: PCA, steps: int
+) -> keras.Model:
+    """Build and compile a row's model; see `q2_aae.build_model`."""
     if row.beta is None:
-        pca = measures.fit_pca(train_split.images, options.code_dim)
-        model = q2.build_model(options, pca, steps, row.recipe)
-        parts = {"discriminator": model.discriminator}
-    else:
-        encoder = q2.build_encoder(options.code_dim, "gaussian", options.seed)
-        decoder = q2.build_decoder(options.code_dim)
-        model = VariationalAutoencoder(encoder, decoder, row.beta)
-        model.compile(options.learning_rate, options.epochs, steps)
-        parts = {}
-    history = folder.fit(
-        model,
-        train_split.images,
-        options,
-        tf.identity,
-        tf.data.Dataset.from_tensor_slices(valid.images).batch(500),
-        encoder=model.encoder,
-        decoder=model.decoder,
-        **parts,
-    )
-    return model, history
+        return q2.build_model(options, pca, steps, row.recipe)
+    encoder = q2.build_encoder(options.code_dim, "gaussian", options.seed)
+    decoder = q2.build_decoder(options.code_dim)
+    model = VariationalAutoencoder(encoder, decoder, row.beta)
+    model.compile(options.learning_rate, options.epochs, steps)
+    return model
 
 
 def measure(
     row: Row,
     options: argparse.Namespace,
     splits: Sequence[Split],
+    pca: PCA,
     classifier: keras.Model | None,
 ) -> dict[str, Any]:
-    """Train a row's model and measure it, as `q2_aae.py` does."""
-    model, history = train(row, options, splits)
-    _, valid, test = splits
+    """Train a row's model, or go on with it, and measure it as `q2_aae.py` does."""
+    train_split, valid, test = splits
+    folder = utils.RunFolder(options)
+    keras.utils.set_random_seed(options.seed)
+    steps = utils.steps_per_epoch(train_split.images, options.batch_size)
+    model = build_model(row, options, pca, steps)
+    history = q2.train(model, train_split, valid, options, folder)
     codes = utils.predict(model.encoder, test.images)
     samples = q2.draw_samples(model.decoder, options.code_dim, options.seed)
     loss = history.get("discriminator_loss")
@@ -392,9 +380,10 @@ def main() -> None:
         classifier = measures.train_digit_classifier(
             train_split.images, train_split.labels
         )
+    pca = measures.fit_pca(train_split.images, base.code_dim)
     for name in wanted:
         print(f"{name}: {ROWS[name].title}", flush=True)
-        found = measure(ROWS[name], runs[name], splits, classifier)
+        found = measure(ROWS[name], runs[name], splits, pca, classifier)
         with utils.replacing(files[name]) as temporary:
             temporary.write_text(json.dumps(found, indent=2), encoding="utf-8")
 

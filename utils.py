@@ -336,6 +336,11 @@ def shuffled_batches(
     )
 
 
+def steps_per_epoch(images: np.ndarray, batch_size: int) -> int:
+    """Return the training steps in an epoch: whole batches, one at least."""
+    return max(1, len(images) // batch_size)
+
+
 def falling_rate(
     rate: float, epochs: int, steps: int
 ) -> keras.optimizers.schedules.LearningRateSchedule:
@@ -503,7 +508,7 @@ class RunFolder:
             UsageError: a loss is no longer finite.
         """
         batch_size = min(options.batch_size, len(images))
-        steps = len(images) // batch_size
+        steps = steps_per_epoch(images, batch_size)
         done = self.restore(model, steps)
         batches = shuffled_batches(images, batch_size, options.seed, done)
         if done < options.epochs:
