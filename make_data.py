@@ -16,11 +16,13 @@ import hashlib
 import io
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tarfile
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -64,6 +66,9 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say where
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -340,12 +345,14 @@ def _decode(content: bytes, name: str) -> np.ndarray:
 
     expected = "an RGB photograph of at least 28x28 pixels"
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            if image.mode.startswith("I;16"):  # Pillow would clip it to white
-                grey = (np.asarray(image) >> 8).astype(np.uint8)
-                photograph = np.stack([grey] * 3, axis=-1)
-            else:
-                photograph = np.asarray(image.convert("RGB"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(content))
+        if image.mode.startswith("I;16"):  # Pillow would clip it to white
+            grey = (np.asarray(image) >> 8).astype(np.uint8)
+            photograph = np.stack([grey] * 3, axis=-1)
+        else:
+            photograph = np.asarray(image.convert("RGB"))
     except Exception as error:
         # Damaged images make Pillow raise errors of many kinds.
         found = _one_line(error)
@@ -429,8 +436,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (DataError, OSError) as error:
         print(f"make_data.py: {_one_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("make_data.py: interrupted; what was complete stays", file=sys.stderr)
+        return 130
     return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +178,7 @@ def train(
     valid_images: np.ndarray,
     options: argparse.Namespace,
     folder: utils.RunFolder,
+    draw: Callable[[dict[str, np.ndarray]], None] | None = None,
 ) -> dict[str, np.ndarray]:
     """Minimise the mean squared error; return the history.
 
@@ -187,6 +188,7 @@ def train(
         valid_images: uint8 (M, 28, 28, 3).
         options: the completed command line.
         folder: keeps checkpoint and history.
+        draw: as in `utils.RunFolder.fit`.
     """
     steps = utils.steps_per_epoch(train_images, options.batch_size)
     compile_autoencoder(autoencoder, options.learning_rate, options.epochs, steps)
@@ -197,6 +199,7 @@ def train(
         options,
         as_pair,
         validation.map(as_pair),
+        draw,
         autoencoder=autoencoder,
     )
 
@@ -294,29 +297,41 @@ def evaluate(
 
 
 def draw_loss(
-    path: Path, history: Mapping[str, np.ndarray], metrics: Mapping[str, float]
+    path: Path,
+    history: Mapping[str, np.ndarray],
+    metrics: Mapping[str, float] | None = None,
 ) -> None:
-    """Draw the reconstruction loss over training beside the PCA baseline."""
-    ratio = metrics["test_mse"] / metrics["pca_test_mse"]
+    """Draw the reconstruction loss over training.
+
+    Args:
+        path: of the PNG.
+        history: a value an epoch of "epoch", "loss" and "val_loss".
+        metrics: as `evaluate` returns them, for the PCA baseline; None if training was
+            interrupted.
+    """
     with utils.figure(path) as (_, axes):
         axes.plot(history["epoch"], history["loss"], "o-", ms=4, label="train")
         axes.plot(
             history["epoch"], history["val_loss"], "s--", ms=4, label="validation"
         )
-        axes.axhline(metrics["pca_test_mse"], color="black", ls=":")
-        axes.annotate(
-            f"PCA with {metrics['code_dim']} components (test)",
-            (1, metrics["pca_test_mse"]),
-            xycoords=("axes fraction", "data"),
-            xytext=(-4, 4),
-            textcoords="offset points",
-            ha="right",
-        )
+        title = "The reconstruction loss until training was interrupted"
+        if metrics is not None:
+            ratio = metrics["test_mse"] / metrics["pca_test_mse"]
+            title = f"The test error ends at {ratio:.2f} times that of PCA"
+            axes.axhline(metrics["pca_test_mse"], color="black", ls=":")
+            axes.annotate(
+                f"PCA with {metrics['code_dim']} components (test)",
+                (1, metrics["pca_test_mse"]),
+                xycoords=("axes fraction", "data"),
+                xytext=(-4, 4),
+                textcoords="offset points",
+                ha="right",
+            )
         axes.set(
             yscale="log",
             xlabel="epoch",
             ylabel="mean squared error (pixels in 0..1)",
-            title=f"The test error ends at {ratio:.2f} times that of PCA",
+            title=title,
         )
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
@@ -614,7 +629,15 @@ def main() -> None:
     keras.utils.set_random_seed(options.seed)
     autoencoder = build_autoencoder(options.code_dim)
 
-    history = train(autoencoder, train_split.images, valid.images, options, folder)
+    loss_path = options.figures / "q1_loss.png"
+    history = train(
+        autoencoder,
+        train_split.images,
+        valid.images,
+        options,
+        folder,
+        lambda so_far: draw_loss(loss_path, so_far),
+    )
     watch.lap("training")
 
     errors = squared_errors(autoencoder, test.images)
@@ -622,7 +645,7 @@ def main() -> None:
     metrics = evaluate(autoencoder, train_split, test, errors, masks)
     watch.lap("metrics")
     figures = options.figures
-    draw_loss(figures / "q1_loss.png", history, metrics)
+    draw_loss(loss_path, history, metrics)
     draw_reconstructions(
         figures / "q1_reconstructions.png", autoencoder, test, options.seed
     )

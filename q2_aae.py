@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -524,10 +524,12 @@ def train(
     valid: Split,
     options: argparse.Namespace,
     folder: utils.RunFolder,
+    draw: Callable[[dict[str, np.ndarray]], None] | None = None,
 ) -> dict[str, np.ndarray]:
     """Train a compiled model as its `train_step` says; return the history.
 
     Whichever of encoder, decoder and discriminator it has are saved in the folder.
+    See `utils.RunFolder.fit`.
     """
     names = ("encoder", "decoder", "discriminator")
     return folder.fit(
@@ -536,6 +538,7 @@ def train(
         options,
         tf.identity,
         tf.data.Dataset.from_tensor_slices(valid.images).batch(500),
+        draw,
         **{name: getattr(model, name) for name in names if hasattr(model, name)},
     )
 
@@ -1122,7 +1125,12 @@ def main() -> None:
     steps = utils.steps_per_epoch(train_split.images, options.batch_size)
     model = build_model(options, pca, steps)
 
-    history = train(model, train_split, valid, options, folder)
+    prefix = f"{options.figures / options.name}_"
+
+    def draw_history(history: Mapping[str, np.ndarray]) -> None:
+        draw_losses(Path(prefix + "losses.png"), history, options.encoder_loss)
+
+    history = train(model, train_split, valid, options, folder, draw_history)
     watch.lap("training")
     watch.seconds["first step"] = folder.first_step_seconds
 
@@ -1155,8 +1163,7 @@ def main() -> None:
         "training_seconds": float(history["seconds"].sum()),
     }
     watch.lap("metrics")
-    prefix = f"{options.figures / options.name}_"
-    draw_losses(Path(prefix + "losses.png"), history, options.encoder_loss)
+    draw_history(history)
     draw_prior_match(Path(prefix + "prior_match.png"), test_codes)
     draw_images(prefix, model, test, test_codes, means[1], samples, options.seed)
     draw_nearest(Path(prefix + "nearest.png"), samples[:10], train_split.images)

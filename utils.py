@@ -24,6 +24,28 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_standard_error = os.dup(2)  # whatever is held back
+
+
+def _interrupted(*more: str) -> str:
+    """Return the line that says how to go on: the command, with more arguments."""
+    script, *arguments = Path(sys.argv[0]).name, *sys.argv[1:]
+    arguments = [argument for argument in arguments if argument not in more]
+    again = shlex.join(["python", script, *arguments, *more])
+    return f"\n{script}: interrupted; go on with: {again}\n"
+
+
+def _leave_at_once(*_: object) -> NoReturn:
+    """End a script that is interrupted while it loads, with nothing yet to save."""
+    os.write(_standard_error, _interrupted().encode())
+    os._exit(130)
+
+
+if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:
+    for _number in SIGNALS:  # until `run_script`
+        signal.signal(_number, _leave_at_once)
+
 
 @contextlib.contextmanager
 def _without_start_up_notes() -> Iterator[None]:
@@ -34,17 +56,15 @@ def _without_start_up_notes() -> Iterator[None]:
     """
     sys.stderr.flush()
     with tempfile.TemporaryFile() as held_back:
-        standard_error = os.dup(2)
         os.dup2(held_back.fileno(), 2)
         try:
             yield
         except BaseException:
             held_back.seek(0)
-            os.write(standard_error, held_back.read())
+            os.write(_standard_error, held_back.read())
             raise
         finally:
-            os.dup2(standard_error, 2)
-            os.close(standard_error)
+            os.dup2(_standard_error, 2)
 
 
 os.environ["KERAS_BACKEND"] = "tensorflow"
@@ -258,11 +278,11 @@ def run_script(main: Callable[[], None]) -> NoReturn:
 
     def interrupt(*_: object) -> NoReturn:
         # Once is enough: a second signal must not cut short what the first one saves.
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, interrupt)
     script = Path(sys.argv[0]).name
     try:
@@ -271,9 +291,7 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         print(f"{script}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        command = [arg for arg in sys.argv[1:] if arg != "--resume"]
-        again = shlex.join(["python", script, *command, "--resume"])
-        print(f"\n{script}: interrupted; go on with: {again}", file=sys.stderr)
+        sys.stderr.write(_interrupted(*["--resume"] * RunFolder.begun))
         sys.exit(130)
     sys.exit(0)
 
@@ -320,6 +338,8 @@ def shuffled_batches(
         first_epoch: the epoch that the batches begin with.
     """
     pixels = tf.constant(images)
+    options = tf.data.Options()
+    options.autotune.enabled = False  # its thread can take 5 s to stop
 
     def one_epoch(epoch: tf.Tensor) -> tf.data.Dataset:
         order = tf.random.experimental.stateless_shuffle(
@@ -332,7 +352,8 @@ def shuffled_batches(
         tf.data.Dataset.counter(first_epoch)
         .flat_map(one_epoch)
         .map(lambda index: tf.gather(pixels, index))
-        .prefetch(tf.data.AUTOTUNE)
+        .prefetch(2)
+        .with_options(options)
     )
 
 
@@ -383,6 +404,17 @@ def _damage_told(path: Path, expected: str) -> Iterator[None]:
         raise UsageError(f"{path}: found {found}, expected {expected}") from error
 
 
+def _checkpoint_size(model: keras.Model) -> int:
+    """Return about how many bytes a model's weights and optimizers take as a file."""
+    held = [
+        value
+        for value in vars(model).values()
+        if isinstance(value, keras.optimizers.Optimizer)
+    ]
+    kept = [variable for part in (model, *held) for variable in part.variables]
+    return 2**20 + sum(np.asarray(variable).nbytes + 2**12 for variable in kept)
+
+
 class RunFolder:
     """A run's folder: its checkpoint, its settings, its models and its history.
 
@@ -390,10 +422,15 @@ class RunFolder:
         options: the completed command line; `run_dir`, `figures`, `resume` and what
             must not change when a run is resumed.
 
+    Attributes:
+        begun: whether this process has a run, or went on with one.
+
     Raises:
         UsageError: `resume` without a run, or with other settings; or another run is
             at work in the folder.
     """
+
+    begun = False
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.path: Path = options.run_dir
@@ -426,6 +463,7 @@ class RunFolder:
             self.checkpoint.unlink(missing_ok=True)
             with replacing(settings_path) as temporary:
                 temporary.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+        RunFolder.begun = True
 
     def _locked(self) -> IO[str]:
         """Return a file whose lock keeps a second run out for as long as it is open.
@@ -487,6 +525,7 @@ class RunFolder:
         options: argparse.Namespace,
         prepare: Callable[[tf.Tensor], Any],
         validation_data: tf.data.Dataset,
+        draw: Callable[[dict[str, np.ndarray]], None] | None = None,
         **models: keras.Model,
     ) -> dict[str, np.ndarray]:
         """Train a model, keeping a checkpoint and the history after each epoch.
@@ -499,6 +538,7 @@ class RunFolder:
             options: the completed command line.
             prepare: from a batch of images to what `model.fit` takes.
             validation_data: finite batches of what `model.fit` takes.
+            draw: draws the history so far if training is interrupted.
             **models: each is saved in the folder as NAME.keras.
 
         Returns:
@@ -525,9 +565,19 @@ class RunFolder:
                 )
             except KeyboardInterrupt:
                 self.save(models)
+                if draw is not None and self.rows:
+                    draw(self.history)
                 raise
         self.save(models)
-        return {key: np.array([row[key] for row in self.rows]) for key in self.rows[0]}
+        return self.history
+
+    @property
+    def history(self) -> dict[str, np.ndarray]:
+        """A column a quantity, a value an epoch; empty before the first ends."""
+        return {
+            key: np.array([row[key] for row in self.rows])
+            for key in (self.rows or [{}])[0]
+        }
 
     def record(self, model: keras.Model, row: dict[str, float]) -> None:
         """Add an epoch to the history and save it, then the checkpoint."""
@@ -541,6 +591,8 @@ class RunFolder:
             writer.writerows(self.rows)
         # Last, so that a run killed in between finds no row of its history missing.
         with replacing(self.checkpoint) as temporary:
+            # HDF5 crashes where it finds the disk full; a plain write only fails.
+            temporary.write_bytes(bytes(_checkpoint_size(model)))
             model.save_weights(temporary)
 
     def save(self, models: Mapping[str, keras.Model]) -> None:

@@ -148,6 +148,8 @@ def stop_after_an_epoch(question, folder, data, *arguments):
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "--resume" in error.strip().splitlines()[-1]
+    loss = "loss" if question == "q1" else "losses"
+    assert list((folder / "figures").glob(f"*_{loss}.png"))
 
 
 def kill_at_random(question, folder, data, *arguments):

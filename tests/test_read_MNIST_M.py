@@ -1,5 +1,6 @@
 """The loader: what it accepts, what it refuses, and that nothing hostile runs."""
 
+import codecs
 import functools
 import io
 import operator
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -126,7 +128,10 @@ class _Call:
 @pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize(
     "name",
-    ["system", "eval", "load", "partial", "attrgetter", "frombuffer", "zeros"],
+    [
+        *("system", "eval", "load", "partial", "attrgetter", "frombuffer", "zeros"),
+        *("getattr", "scalar", "zip bomb", "loads"),
+    ],
 )
 def test_hostile_pickle_is_refused_before_it_runs(tmp_path, name, protocol, in_items):
     witness = tmp_path / "it_ran"
@@ -138,6 +143,10 @@ def test_hostile_pickle_is_refused_before_it_runs(tmp_path, name, protocol, in_i
         "attrgetter": _Call(operator.attrgetter, "system.__call__"),
         "frombuffer": _Call(np.frombuffer, b"1234"),
         "zeros": _Call(np.zeros, 10),
+        "getattr": _Call(getattr, np.zeros, "__call__"),
+        "scalar": _Call(type(np.uint8(1)), 1),
+        "zip bomb": _Call(codecs.decode, zlib.compress(bytes(10**6)), "zlib"),
+        "loads": _Call(pickle.loads, pickle.dumps(0)),
     }[name]
     content = np.empty(3, object)
     content[:] = [(IMAGES[0], hostile)] * 3 if in_items else [hostile] * 3
@@ -185,12 +194,21 @@ def header_of(shape, descr="|u1"):
     return file.getvalue()
 
 
+def header_saying(text):
+    text = text.encode("latin-1")
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
+
+
 @pytest.mark.parametrize(
     ("content", "found"),
     [
         (None, "no such file"),
         (b"", "an empty file"),
         (b"not an array, just text\n" * 10, "no valid .npy header"),
+        (b"\x93NUMPY\x02\x00" + b"\xff" * 90, "no valid .npy header"),
+        (header_saying("(" * 9000), "no valid .npy header"),
+        (header_saying("__import__('os').system('touch it_ran')"), "no valid"),
+        (header_saying("{'descr': '|u1', 'shape': (7, 784)}"), "no valid"),
         (header_of((70, 784)) + bytes(1000), "1,000 bytes"),
         (header_of((10**9, 784)) + bytes(1000), "1,000 bytes"),
         (header_of((-10, 784)), "shape"),

@@ -1,9 +1,15 @@
 """The shared floor: command line, batches, report blocks, exit codes."""
 
 import argparse
-import csv
+import contextlib
+import hashlib
+import random
+import re
+import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import utils
@@ -11,6 +17,8 @@ import utils
 import keras
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from read_MNIST_M import DataError, Split
 
@@ -147,24 +155,112 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
     utils.RunFolder(run_options(tmp_path))
 
 
-def test_full_disk_is_told_and_what_was_there_stays(tmp_path, monkeypatch, capsys):
+@contextlib.contextmanager
+def disk_with_room_for(size):
+    """Let no file grow beyond a size in bytes, as where the disk is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("written", ["checkpoint", "model", "figure", "report"])
+def test_full_disk_is_told_and_what_was_there_stays(tmp_path, capsys, written):
     folder = utils.RunFolder(run_options(tmp_path))
-    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
-    folder.record(model, {"epoch": 1, "seconds": 1.0})
+    model = keras.Sequential([keras.Input((200,)), keras.layers.Dense(200)])
+    report = tmp_path / "report.md"
+    report.write_text("<!-- begin a --><!-- end a -->")
+
+    def write():
+        if written == "checkpoint":
+            folder.record(model, {"epoch": 1, "seconds": 1.0})
+        elif written == "model":
+            folder.save({"model": model})
+        elif written == "figure":
+            utils.image_grid(tmp_path / "x.png", np.random.rand(4, 28, 28), "title")
+        else:
+            utils.update_report({"a": "long " * 4000}, report)
+
+    write()
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(keras.Model, "save_weights", full)
-    monkeypatch.setattr(csv, "DictWriter", full)
-    with pytest.raises(SystemExit) as ended:
-        utils.run_script(lambda: folder.record(model, {"epoch": 2, "seconds": 1.0}))
+    with disk_with_room_for(9_000), pytest.raises(SystemExit) as ended:
+        utils.run_script(write)
     assert ended.value.code == 2
     error = capsys.readouterr().err
-    assert "No space left on device" in error
+    assert "File too large" in error
+    assert str(tmp_path) in error
     assert error.count("\n") == 1
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    after = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert after.keys() == before.keys()
+    assert {name for name in after if after[name] != before[name]} <= {"q1_history.csv"}
+
+
+def test_folder_that_cannot_be_made_is_told(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as ended:
+        utils.run_script(lambda: utils.RunFolder(run_options(tmp_path / "file" / "x")))
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def run_of_one_epoch(tmp_path_factory):
+    """A run's folder, its model and the bytes of its checkpoint."""
+    folder = utils.RunFolder(run_options(tmp_path_factory.mktemp("run")))
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)])
+    model.compile("adam", "mse")
+    model.optimizer.build(model.trainable_variables)
+    model.optimizer.iterations.assign(5)
+    folder.record(model, {"epoch": 1, "seconds": 1.0})
+    return folder, model, folder.checkpoint.read_bytes()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    edits=st.lists(
+        st.tuples(st.floats(0, 1), st.integers(0, 9), st.binary(max_size=9)),
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_mutated_checkpoint_is_loaded_or_refused(run_of_one_epoch, edits):
+    folder, model, content = run_of_one_epoch
+    content = bytearray(content)
+    for place, removed, new in edits:
+        at = int(place * len(content))
+        content[at : at + removed] = new
+    # HDF5 holds on to a file that it failed to read: each has a name of its own.
+    name = hashlib.sha256(content).hexdigest()
+    folder.checkpoint = folder.path / f"{name}.weights.h5"
+    folder.checkpoint.write_bytes(content)
+    try:
+        assert folder.restore(model, steps_per_epoch=5) in (0, 1)
+    except utils.UsageError as error:
+        assert "\n" not in str(error)
+        assert str(folder.path) in str(error)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_script_interrupted_while_it_loads_says_how_to_start_again(tmp_path, number):
+    script = Path(utils.__file__).with_name("q2_aae.py")
+    process = subprocess.Popen(
+        [sys.executable, str(script), "--quick", "--run-dir", str(tmp_path)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    status = Path(f"/proc/{process.pid}/status")
+    while True:  # until the script takes signals, early in its imports
+        caught = int(re.search(r"SigCgt:\s+(\w+)", status.read_text())[1], 16)
+        if caught >> (signal.SIGTERM - 1) & 1:
+            break
+    time.sleep(random.uniform(0, 2))
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    again = f"python q2_aae.py --quick --run-dir {tmp_path}\n"
+    assert error == f"\nq2_aae.py: interrupted; go on with: {again}"
 
 
 def test_a_second_signal_does_not_cut_short_what_the_first_one_saves(tmp_path):
