@@ -247,7 +247,9 @@ def torch_steps() -> dict[str, dict[str, Callable[[int], None]]]:
         discriminator.append(nn.Linear(q2.DISCRIMINATOR_HIDDEN[-1], 1))
         both = [*body.parameters(), *heads.parameters(), *decoder.parameters()]
         betas = (q2.MOMENTUM, 0.999)
-        adam = torch.optim.Adam(both, q2.LEARNING_RATE, betas)
+        adam = torch.optim.AdamW(
+            both, q2.LEARNING_RATE, betas, weight_decay=q2.WEIGHT_DECAY
+        )
         other = torch.optim.Adam(
             discriminator.parameters(), q2.DISCRIMINATOR_LEARNING_RATE, betas
         )
