@@ -352,7 +352,8 @@ class AdversarialAutoencoder(_Seeded, keras.Model):
             discriminator_rate = utils.falling_rate(discriminator_rate, epochs, steps)
         rate = utils.falling_rate(learning_rate, epochs, steps)
         super().compile(
-            optimizer=keras.optimizers.AdamW(rate, recipe.weight_decay, recipe.momentum)
+            keras.optimizers.AdamW(rate, recipe.weight_decay, recipe.momentum),
+            jit_compile=True,  # XLA, which Keras does not choose by itself here
         )
         self.discriminator_optimizer = keras.optimizers.Adam(
             discriminator_rate, recipe.momentum
@@ -449,7 +450,9 @@ class LiteralAdversarialAutoencoder(AdversarialAutoencoder):
 
     def compile(self, learning_rate: float, adversarial_learning_rate: float) -> None:
         """Give each stage its Adam: (a) the first rate, (b) and (c) the second."""
-        keras.Model.compile(self, optimizer=keras.optimizers.Adam(learning_rate))
+        keras.Model.compile(
+            self, keras.optimizers.Adam(learning_rate), jit_compile=True
+        )
         self.discriminator_optimizer = keras.optimizers.Adam(adversarial_learning_rate)
         self.encoder_optimizer = keras.optimizers.Adam(adversarial_learning_rate)
         self.optimizer.build(self.autoencoder_variables)
@@ -712,6 +715,7 @@ def fresh_discriminator_accuracy(
     judge.compile(
         keras.optimizers.Adam(FRESH_LEARNING_RATE),
         keras.losses.BinaryCrossentropy(from_logits=True),
+        jit_compile=True,
     )
     size = min(BATCH_SIZE, len(means))
     label = tf.repeat([[1.0], [0.0]], size, axis=0)

@@ -144,7 +144,7 @@ class VariationalAutoencoder(keras.Model):
     def compile(self, learning_rate: float, epochs: int, steps: int) -> None:
         """Give it an Adam, its rate as the default run's; see `utils.falling_rate`."""
         rate = utils.falling_rate(learning_rate, epochs, steps)
-        super().compile(optimizer=keras.optimizers.Adam(rate))
+        super().compile(keras.optimizers.Adam(rate), jit_compile=True)
         self.optimizer.build(self.trainable_variables)
 
     @property

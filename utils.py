@@ -345,8 +345,8 @@ def shuffled_batches(
         order = tf.random.experimental.stateless_shuffle(
             tf.range(len(images)), seed=tf.stack([tf.cast(seed, tf.int64), epoch])
         )
-        indices = tf.data.Dataset.from_tensor_slices(order)
-        return indices.batch(batch_size, drop_remainder=True)
+        order = order[: len(images) // batch_size * batch_size]
+        return tf.data.Dataset.from_tensor_slices(tf.reshape(order, (-1, batch_size)))
 
     return (
         tf.data.Dataset.counter(first_epoch)
