@@ -5,7 +5,7 @@
 
 Some rows are trained for as long as the default run: the control (the assignment to the
 letter), the default under other seeds, and, as an outside reference, a variational
-autoencoder of the same widths. The others, for an eighth as long, lead from the letter
+autoencoder of the same widths. The others, for a ninth as long, lead from the letter
 to the default one change at a time, and then try other choices. A row that was
 interrupted goes on after its last epoch, and one that is finished is not trained again.
 """
@@ -55,7 +55,7 @@ FULL_ROWS = {
 SEEDS = ("default", "seed-1", "seed-2")
 OWN_RUNS = ("literal", "default")  # what q2_aae.py trains by itself
 
-SHORT = ("--epochs", str(q2.EPOCHS // 8))
+SHORT = ("--epochs", str(q2.EPOCHS // 9))
 LETTER = (*SHORT, "--literal")
 GAUSSIAN = (*LETTER, "--encoder", "gaussian")
 PLAIN = q2.Recipe(
@@ -268,7 +268,7 @@ def draw_frontier(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
                 axes.annotate(name, point, **place, ha=side, fontsize=8)
         for marker, colour, label in (
             ("o", utils.ACCENT, "as long as the default"),
-            (".", utils.INK, "an eighth as long"),
+            (".", utils.INK, "a ninth as long"),
         ):
             axes.plot([], [], marker, color=colour, label=label)
         axes.legend(loc="upper center")

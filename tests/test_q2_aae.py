@@ -105,6 +105,22 @@ def test_each_stage_trains_its_own_networks(rates, moving):
         assert moved == (name in moving), name
 
 
+@pytest.mark.parametrize("build_model", [build, build_literal])
+def test_compiled_step_computes_what_the_plain_step_computes(build_model):
+    digits, _ = tiny_digits()
+    batches = np.split(digits[:256].reshape(256, 784), 4)
+    seen = {}
+    for compiled in (False, True):
+        model = build_model()
+        assert model.jit_compile
+        step = tf.function(model.train_step, jit_compile=compiled)
+        losses = [step(tf.constant(batch)) for batch in batches]
+        seen[compiled] = [list(each.values()) for each in losses]
+        seen[compiled].append([np.abs(v).sum() for v in model.get_weights()])
+    for plain, fast in zip(seen[False], seen[True], strict=True):
+        np.testing.assert_allclose(plain, fast, rtol=1e-3)
+
+
 def test_stages_learn_what_they_minimise():
     digits, _ = tiny_digits()
     images = tf.constant(digits[:64].reshape(64, 784))
