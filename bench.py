@@ -274,6 +274,7 @@ def torch_steps() -> dict[str, dict[str, Callable[[int], None]]]:
             loss = functional.softplus(-discriminator(codes)).mean()
             adam.zero_grad()
             (squared + q2.ADVERSARIAL_WEIGHT * loss).backward()
+            nn.utils.clip_grad_norm_(both, q2.CLIP_NORM)
             adam.step()
             for parameter in discriminator.parameters():
                 parameter.requires_grad_(True)
