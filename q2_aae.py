@@ -664,12 +664,10 @@ def describe_codes(
     """
     means = [mean for mean, _ in posteriors]
     signal, noise = means[1].var(axis=0), np.square(posteriors[1][1]).mean(axis=0)
-    pixels = [measures.as_unit_floats(split.images) for split in (train, test)]
-    restored = model.decoder.predict(means[1][:COMPARED], verbose=0)
     sought = {
         "samples": samples[:COMPARED],
-        "test_images": pixels[1][:COMPARED],
-        "test_reconstructions": restored,
+        "test_images": measures.as_unit_floats(test.images[:COMPARED]),
+        "test_reconstructions": decode(model.decoder, means[1][:COMPARED]),
     }
     ends = np.cumsum([len(images) for images in sought.values()])
     _, distances = measures.nearest(train.images, np.concatenate([*sought.values()]))
@@ -682,6 +680,7 @@ def describe_codes(
         "knn_accuracy": None,
     }
     if train.labels is not None:
+        pixels = [measures.as_unit_floats(split.images) for split in (train, test)]
         found["knn_accuracy"] = {
             name: measures.knn_accuracy(codes[0], train.labels, codes[1], test.labels)
             for name, codes in (

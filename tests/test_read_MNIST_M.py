@@ -323,7 +323,7 @@ EDITS = st.lists(
 
 
 @settings(
-    max_examples=1500,
+    max_examples=1000,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
