@@ -209,6 +209,10 @@ def header_saying(text):
         (header_saying("(" * 9000), "no valid .npy header"),
         (header_saying("__import__('os').system('touch it_ran')"), "no valid"),
         (header_saying("{'descr': '|u1', 'shape': (7, 784)}"), "no valid"),
+        (
+            header_saying("{'descr': '|u1', 'fortran_order': 2, 'shape': (7, 784)}"),
+            "no valid .npy header",
+        ),
         (header_of((70, 784)) + bytes(1000), "1,000 bytes"),
         (header_of((10**9, 784)) + bytes(1000), "1,000 bytes"),
         (header_of((-10, 784)), "shape"),
