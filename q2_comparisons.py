@@ -255,17 +255,32 @@ def draw_frontier(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
         }
         for name, (x, y) in places.items():
             full = name in FULL_ROWS
-            point = 10**x, 10**y
             colour = utils.ACCENT if full else utils.INK
-            axes.plot(*point, "o" if full else ".", color=colour)
-            if name not in SEEDS[1:]:
-                crowded = any(
-                    0 < other_x - x < 0.06 and abs(other_y - y) < 0.1
-                    for other_x, other_y in places.values()
-                )
-                side, offset = ("right", -6) if crowded else ("left", 6)
-                place = {"xytext": (offset, -3), "textcoords": "offset points"}
-                axes.annotate(name, point, **place, ha=side, fontsize=8)
+            axes.plot(10**x, 10**y, "o" if full else ".", color=colour)
+        lowest = math.inf  # height in points of the last label to the left of a crowd
+        for name, (x, y) in sorted(places.items(), key=lambda item: -item[1][1]):
+            if name in SEEDS[1:]:
+                continue
+            point = 10**x, 10**y
+            crowded = any(
+                -0.005 < other_x - x < 0.06 and abs(other_y - y) < 0.1
+                for other, (other_x, other_y) in places.items()
+                if other not in (name, *SEEDS[1:])
+            )
+            offset = (6, -3)
+            if crowded:
+                height = axes.transData.transform(point)[1] * 72 / axes.figure.dpi
+                lowest = min(height, lowest - 9)
+                offset = (-18, lowest - height - 3)
+            axes.annotate(
+                name,
+                point,
+                xytext=offset,
+                textcoords="offset points",
+                ha="right" if crowded else "left",
+                fontsize=8,
+                arrowprops={"arrowstyle": "-", "lw": 0.4} if crowded else None,
+            )
         for marker, colour, label in (
             ("o", utils.ACCENT, "as long as the default"),
             (".", utils.INK, "a ninth as long"),
