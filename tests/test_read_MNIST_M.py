@@ -327,7 +327,7 @@ EDITS = st.lists(
 
 
 @settings(
-    max_examples=1000,
+    max_examples=400,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

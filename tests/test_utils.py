@@ -217,7 +217,7 @@ def run_of_one_epoch(tmp_path_factory):
     return folder, model, folder.checkpoint.read_bytes()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     edits=st.lists(
         st.tuples(st.floats(0, 1), st.integers(0, 9), st.binary(max_size=9)),
