@@ -59,8 +59,8 @@ GRADIENT_PENALTY = 0.1  # R1's weight (Mescheder et al. 2018, arXiv:1801.04406)
 CLIP_NORM = 50.0  # of encoder and decoder's gradient, twice what is usual
 WEIGHT_DECAY = 0.2  # of encoder and decoder, times the rate (arXiv:1711.05101)
 START_DIMENSIONS = 9  # of the linear code that the encoder starts at
-LOG_VARIANCES = (-12.0, 4.0)  # of q(z|x), the least and the most; see `bounded`
 START_NOISE = 0.25  # its standard deviation there, where the prior's is 1
+LOG_VARIANCES = (-12.0, 4.0)  # of q(z|x), the least and the most; see `bounded`
 FRESH_LEARNING_RATE = 3e-4  # of the discriminator that judges the finished codes
 
 # Of the assignment to the letter: an Adam for each stage

@@ -573,11 +573,8 @@ class RunFolder:
 
     @property
     def history(self) -> dict[str, np.ndarray]:
-        """A column a quantity, a value an epoch; empty before the first ends."""
-        return {
-            key: np.array([row[key] for row in self.rows])
-            for key in (self.rows or [{}])[0]
-        }
+        """A column a quantity, a value an epoch; at least one epoch must be done."""
+        return {key: np.array([row[key] for row in self.rows]) for key in self.rows[0]}
 
     def record(self, model: keras.Model, row: dict[str, float]) -> None:
         """Add an epoch to the history and save it, then the checkpoint."""
