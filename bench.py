@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import utils
 
@@ -37,6 +37,7 @@ import q2_aae as q2
 
 SIZE = 4096  # of the matrices whose product is the ceiling
 IMAGES = 8192  # random ones that the steps train on
+TRAINING_IMAGES = 59_000  # of a default run; Keras takes a divisor of its steps
 SECONDS = 3.0  # that a contestant's turn takes, about
 SCRIPTS = {"q1": "q1_cnn_autoencoder.py", "q2": "q2_aae.py"}
 FLOATS_PER_PRODUCT = 2  # a multiplication and an addition
@@ -127,16 +128,26 @@ def matrix_product(dtype: str) -> Callable[[int], None]:
     return repeat
 
 
+class Training(NamedTuple):
+    """A contestant that trains."""
+
+    repeat: Callable[[int], None]
+    steps: int  # that it takes at a time, as Keras does
+    images: int  # in a step
+    flops: int  # in a step
+
+
 def training(
     model: keras.Model, images: np.ndarray, batch_size: int, prepare: Callable
 ) -> Callable[[int], None]:
     """Return what takes the training steps that `RunFolder.fit` takes.
 
     They are `model.fit`'s own, on batches made as there, without what `fit` does once
-    at its beginning and its end.
+    at its beginning and its end. Each time is `model.steps_per_execution` of them.
     """
     batches = utils.shuffled_batches(images, batch_size, seed=0).map(prepare)
-    model.fit(batches, steps_per_epoch=1, shuffle=False, verbose=0)
+    steps = model.steps_per_execution
+    model.fit(batches, steps_per_epoch=steps, shuffle=False, verbose=0)
     iterator = iter(batches)
 
     def repeat(times: int) -> None:
@@ -146,18 +157,15 @@ def training(
     return repeat
 
 
-def script_steps() -> dict[str, tuple[Callable[[int], None], int, int]]:
-    """Build both scripts' training steps at their default settings.
-
-    Returns:
-        By question: what trains, images in a batch, and arithmetic in a step.
-    """
+def script_steps() -> dict[str, Training]:
+    """Build both scripts' training steps at their default settings, by question."""
     rng = np.random.default_rng(0)
     keras.utils.set_random_seed(0)
 
     images = rng.integers(0, 256, (IMAGES, 28, 28, 3), np.uint8)
     autoencoder = q1.build_autoencoder()
-    q1.compile_autoencoder(autoencoder, q1.LEARNING_RATE, q1.EPOCHS, 461)
+    epoch = TRAINING_IMAGES // q1.BATCH_SIZE
+    q1.compile_autoencoder(autoencoder, q1.LEARNING_RATE, q1.EPOCHS, epoch)
 
     def q1_step(batch: tf.Tensor) -> list[tf.Tensor]:
         x = utils.unit_floats(batch)
@@ -170,17 +178,20 @@ def script_steps() -> dict[str, tuple[Callable[[int], None], int, int]]:
 
     digits = rng.integers(0, 256, (IMAGES, q2.PIXELS), np.uint8)
     options = q2.parse_options(["--data", "unread"])
-    model = q2.build_model(options, PCA(q2.CODE_DIM).fit(digits / 255.0), 230)
+    epoch = TRAINING_IMAGES // q2.BATCH_SIZE
+    model = q2.build_model(options, PCA(q2.CODE_DIM).fit(digits / 255.0), epoch)
     second = tf.TensorSpec((q2.BATCH_SIZE, q2.PIXELS), tf.uint8)
     q2_flops = count_flops(model.train_step, second)
     return {
-        "q1": (
+        "q1": Training(
             training(autoencoder, images, q1.BATCH_SIZE, q1.as_pair),
+            autoencoder.steps_per_execution,
             q1.BATCH_SIZE,
             q1_flops,
         ),
-        "q2": (
+        "q2": Training(
             training(model, digits, q2.BATCH_SIZE, tf.identity),
+            model.steps_per_execution,
             q2.BATCH_SIZE,
             q2_flops,
         ),
@@ -360,7 +371,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Measure what the command line asks for."""
     steps = script_steps()
     contestants = {kind: matrix_product(kind) for kind in ("float32", "bfloat16")}
-    contestants |= {name: repeat for name, (repeat, _, _) in steps.items()}
+    contestants |= {name: script.repeat for name, script in steps.items()}
     if options.against:
         for name, kinds in torch_steps().items():
             contestants |= {f"{name} {kind}": step for kind, step in kinds.items()}
@@ -371,12 +382,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for kind in ("float32", "bfloat16")
     }
     found = {"matmul_gflops": rates}
-    for name, (_, batch_size, flops) in steps.items():
-        gflops = flops / seconds[name] / 1e9
+    for name, script in steps.items():
+        step_seconds = seconds[name] / script.steps
+        gflops = script.flops / step_seconds / 1e9
         found[name] = {
-            "batch_size": batch_size,
-            "images_per_second": batch_size / seconds[name],
-            "gflop_per_step": flops / 1e9,
+            "batch_size": script.images,
+            "images_per_second": script.images / step_seconds,
+            "gflop_per_step": script.flops / 1e9,
             "gflops": gflops,
             "fraction_of_matmul_rate": gflops / rates["float32"],
             "peak_memory_mib": None,
@@ -385,7 +397,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for kind in ("eager", "compile"):
             other = seconds.get(f"{name} {kind}")
             if options.against:
-                ratio = None if other is None else other / seconds[name]
+                ratio = None if other is None else other / step_seconds
                 found[name][f"against_torch_{kind}"] = ratio
         if not options.steps_only:
             found[name] |= whole_run(name)

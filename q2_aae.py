@@ -374,6 +374,7 @@ class AdversarialAutoencoder(_Seeded, keras.Model):
                 global_clipnorm=CLIP_NORM,
             ),
             jit_compile=True,  # XLA, which Keras does not choose by itself here
+            steps_per_execution=utils.steps_per_execution(steps),
         )
         self.discriminator_optimizer = keras.optimizers.Adam(
             discriminator_rate, recipe.momentum
@@ -468,10 +469,21 @@ class AdversarialAutoencoder(_Seeded, keras.Model):
 class LiteralAdversarialAutoencoder(AdversarialAutoencoder):
     """The assignment to the letter: exactly its three losses, an Adam for each."""
 
-    def compile(self, learning_rate: float, adversarial_learning_rate: float) -> None:
-        """Give each stage its Adam: (a) the first rate, (b) and (c) the second."""
+    def compile(
+        self, learning_rate: float, adversarial_learning_rate: float, steps: int
+    ) -> None:
+        """Give each stage its Adam: (a) the first rate, (b) and (c) the second.
+
+        Args:
+            learning_rate: of (a).
+            adversarial_learning_rate: of (b) and of (c).
+            steps: training steps in an epoch.
+        """
         keras.Model.compile(
-            self, keras.optimizers.Adam(learning_rate), jit_compile=True
+            self,
+            keras.optimizers.Adam(learning_rate),
+            jit_compile=True,
+            steps_per_execution=utils.steps_per_execution(steps),
         )
         self.discriminator_optimizer = keras.optimizers.Adam(adversarial_learning_rate)
         self.encoder_optimizer = keras.optimizers.Adam(adversarial_learning_rate)
@@ -534,7 +546,8 @@ def build_model(
         model = LiteralAdversarialAutoencoder(
             *networks, options.encoder_loss, options.seed
         )
-        model.compile(options.learning_rate, LITERAL_ADVERSARIAL_LEARNING_RATE)
+        rates = options.learning_rate, LITERAL_ADVERSARIAL_LEARNING_RATE
+        model.compile(*rates, steps)
         return model
     if options.encoder == "gaussian" and recipe.start_dimensions:
         start_at_pca(networks[0], pca, recipe.start_dimensions)
@@ -735,6 +748,7 @@ def fresh_discriminator_accuracy(
         keras.optimizers.Adam(FRESH_LEARNING_RATE),
         keras.losses.BinaryCrossentropy(from_logits=True),
         jit_compile=True,
+        steps_per_execution=utils.steps_per_execution(steps),
     )
     size = min(BATCH_SIZE, len(means))
     label = tf.repeat([[1.0], [0.0]], size, axis=0)

@@ -144,7 +144,11 @@ class VariationalAutoencoder(keras.Model):
     def compile(self, learning_rate: float, epochs: int, steps: int) -> None:
         """Give it an Adam, its rate as the default run's; see `utils.falling_rate`."""
         rate = utils.falling_rate(learning_rate, epochs, steps)
-        super().compile(keras.optimizers.Adam(rate), jit_compile=True)
+        super().compile(
+            keras.optimizers.Adam(rate),
+            jit_compile=True,
+            steps_per_execution=utils.steps_per_execution(steps),
+        )
         self.optimizer.build(self.trainable_variables)
 
     @property

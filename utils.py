@@ -362,6 +362,18 @@ def steps_per_epoch(images: np.ndarray, batch_size: int) -> int:
     return max(1, len(images) // batch_size)
 
 
+def steps_per_execution(steps: int, most: int = 32) -> int:
+    """Return how many training steps Keras takes at a time, without Python between.
+
+    They divide the steps of an epoch, for Keras finishes what it has begun.
+
+    Args:
+        steps: in an epoch.
+        most: steps at a time.
+    """
+    return max(n for n in range(1, most + 1) if steps % n == 0)
+
+
 def falling_rate(
     rate: float, epochs: int, steps: int
 ) -> keras.optimizers.schedules.LearningRateSchedule:

@@ -5,6 +5,7 @@ import utils
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from conftest import tiny_digits
 
 import make_data
@@ -27,6 +28,18 @@ def test_images_pass_through_a_code_of_the_asked_size(code_dim):
     assert keras.layers.Conv2DTranspose in kinds
 
 
+def test_fused_gelu_and_its_gradient_are_gelus():
+    x = tf.linspace(-6.0, 6.0, 1001)
+    found = []
+    for gelu in (keras.activations.gelu, q1.fused_gelu):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = gelu(x)
+        found.append((y, tape.gradient(y, x)))
+    for plain, fused in zip(*found, strict=True):
+        np.testing.assert_allclose(plain, fused, atol=2e-6)
+
+
 def test_training_beats_the_mean_image(tiny_data, tmp_path):
     train, valid, test = load_mnist_m(tiny_data / "MNIST_M.npy")
     options = q1.parse_options(
@@ -38,6 +51,10 @@ def test_training_beats_the_mean_image(tiny_data, tmp_path):
     autoencoder = q1.build_autoencoder(16)
     folder = utils.RunFolder(options)
     history = q1.train(autoencoder, train.images, valid.images, options, folder)
+    # Several steps at a time end where an epoch ends.
+    assert autoencoder.steps_per_execution > 1
+    steps = 12 * utils.steps_per_epoch(train.images, 30)
+    assert int(autoencoder.optimizer.iterations.numpy()) == steps
     found = q1.squared_errors(autoencoder, test.images)
     masks = test.images[..., 0] > 128
     metrics = q1.evaluate(autoencoder, train, test, found, masks)

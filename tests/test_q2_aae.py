@@ -73,7 +73,7 @@ def networks(kind):
 
 def build_literal(rates=(1e-3, 1e-3)):
     model = q2.LiteralAdversarialAutoencoder(*networks("deterministic"), "saturating")
-    model.compile(*rates)
+    model.compile(*rates, steps=100)
     return model
 
 

@@ -118,6 +118,11 @@ def test_epochs_have_orders_of_their_own_that_resuming_repeats():
     assert not np.array_equal(whole, epoch_orders(0, 4, seed=4))
 
 
+@pytest.mark.parametrize(("steps", "most"), [(460, 23), (461, 1), (32, 32), (1, 1)])
+def test_steps_at_a_time_divide_an_epochs(steps, most):
+    assert utils.steps_per_execution(steps) == most
+
+
 def test_splits_too_small_to_measure_are_refused():
     def split(count):
         return Split(np.zeros((count, 784), np.uint8), None)
