@@ -62,6 +62,7 @@ PLAIN = q2.Recipe(
     start_dimensions=0,
     discriminator_learning_rate=q2.LEARNING_RATE,
     discriminator_rate_decays=True,
+    discriminator_steps=1,
     momentum=0.9,
     gradient_penalty=0.0,
     weight_decay=0.0,
@@ -70,6 +71,10 @@ STARTED = PLAIN._replace(start_dimensions=q2.START_DIMENSIONS)
 NIMBLE = STARTED._replace(momentum=q2.MOMENTUM)
 SMOOTH = NIMBLE._replace(gradient_penalty=q2.GRADIENT_PENALTY)
 DECAYED = SMOOTH._replace(weight_decay=q2.WEIGHT_DECAY)
+STEADY = DECAYED._replace(
+    discriminator_learning_rate=q2.DISCRIMINATOR_LEARNING_RATE,
+    discriminator_rate_decays=False,
+)
 DEFAULT = q2.Recipe()
 SHORT_ROWS = {
     "letter": Row("the assignment to the letter", LETTER),
@@ -82,7 +87,8 @@ SHORT_ROWS = {
     "nimble": Row("+ less momentum", SHORT, NIMBLE),
     "smooth": Row("+ R1 on the discriminator", SHORT, SMOOTH),
     "decayed": Row("+ weight decay", SHORT, DECAYED),
-    "whole": Row("+ the discriminator's rate stays: the default", SHORT),
+    "steady": Row("+ the discriminator's rate stays", SHORT, STEADY),
+    "whole": Row("+ three steps of (b) for one of the others: the default", SHORT),
     "shallow": Row(
         "the default with two hidden layers",
         SHORT,
@@ -92,10 +98,10 @@ SHORT_ROWS = {
         "the default from 40 components", SHORT, DEFAULT._replace(start_dimensions=40)
     ),
     "light": Row(
-        "the default, weight 4", SHORT, DEFAULT._replace(adversarial_weight=4)
+        "the default, weight 5", SHORT, DEFAULT._replace(adversarial_weight=5)
     ),
     "heavy": Row(
-        "the default, weight 40", SHORT, DEFAULT._replace(adversarial_weight=40)
+        "the default, weight 80", SHORT, DEFAULT._replace(adversarial_weight=80)
     ),
     "short-vae": Row("variational autoencoder", SHORT, beta=1.0),
 }
@@ -196,7 +202,8 @@ def run_options(name: str, others: Sequence[str]) -> argparse.Namespace:
     if name not in OWN_RUNS:
         options.run_dir = root / "q2_comparisons" / name
         options.figures = options.run_dir  # of its history
-    options.recipe = row.recipe._asdict()
+    if not options.literal:
+        options.recipe = row.recipe._asdict()
     if row.beta is not None:
         options.learning_rate = VAE_LEARNING_RATE
         options.recipe = {"beta": row.beta}
@@ -233,11 +240,15 @@ def measure(
     history = q2.train(model, train_split, valid, options, folder)
     codes = utils.predict(model.encoder, test.images)
     samples = q2.draw_samples(model.decoder, options.code_dim, options.seed)
+    posterior = q2.posterior(model.encoder, train_split.images)
     loss = history.get("discriminator_loss")
     return {
         **q2.evaluate(model, valid, test, codes, samples, classifier),
         "validation_mse": float(history["val_mse"][-1]),
         "loss_discriminator": None if loss is None else float(loss[-1]),
+        "fresh_discriminator_accuracy": q2.fresh_discriminator_accuracy(
+            *posterior, codes, options.epochs * steps
+        ),
         "training_seconds": float(history["seconds"].sum()),
         "epochs": len(history["epoch"]),
     }
@@ -334,6 +345,7 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
             f"{ROWS[name].title} (`{name}`)",
             f"{found['test_mse']:.4f}",
             "" if loss is None else f"{loss:.2f}",
+            f"{100 * found['fresh_discriminator_accuracy']:.0f} %",
             f"{low:.2g} .. {high:.2g}",
             f"{match['mmd'] * 1e4:.1f}",
             "" if distance is None else f"{distance:.1f}",
@@ -342,8 +354,8 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
         )
 
     header = (
-        *("what was trained", "test MSE", "L_D", "eigenvalues", "MMD² · 10⁴"),
-        *("Fréchet", "Parzen", "seconds"),
+        *("what was trained", "test MSE", "L_D", "fresh D", "eigenvalues"),
+        *("MMD² · 10⁴", "Fréchet", "Parzen", "seconds"),
     )
     return utils.markdown_table(header, [cells(*item) for item in rows.items()])
 
@@ -360,6 +372,11 @@ def report_blocks(
             for title, values, form in (
                 ("test MSE", [row["test_mse"] for row in seeds], ".4f"),
                 ("L_D", [row["loss_discriminator"] for row in seeds], ".3f"),
+                (
+                    "fresh discriminator's accuracy in %",
+                    [100 * row["fresh_discriminator_accuracy"] for row in seeds],
+                    ".1f",
+                ),
                 (
                     "MMD² · 10⁴",
                     [1e4 * row["prior_match"]["mmd"] for row in seeds],

@@ -159,6 +159,9 @@ def test_encoder_and_decoder_follow_the_weighted_sum_of_two_stages():
     x = utils.unit_floats(images)
     model = build("deterministic", learning_rate=0.0)
     model.train_step(images)  # moves the discriminator alone
+    taken = (model.optimizer, model.discriminator_optimizer)
+    taken = [int(optimizer.iterations.numpy()) for optimizer in taken]
+    assert taken == [1, q2.DISCRIMINATOR_STEPS]
     variables = model.autoencoder_variables
     with tf.GradientTape() as tape:
         codes = model.encoder(x)
