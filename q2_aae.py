@@ -55,11 +55,11 @@ LEARNING_RATE = 1.5e-3  # of encoder and decoder; see `utils.falling_rate`
 DISCRIMINATOR_LEARNING_RATE = 2e-3  # stays, so that it gets ahead of the encoder
 DISCRIMINATOR_STEPS = 3  # of (b) for each of (a) and (c): what it sees, these can mend
 MOMENTUM = 0.5  # Adam's beta_1: a long memory makes two adversaries circle each other
-ADVERSARIAL_WEIGHT = 20.0  # of (c), in squared errors summed over an image, a nat
+ADVERSARIAL_WEIGHT = 25.0  # of (c), in squared errors summed over an image, a nat
 GRADIENT_PENALTY = 0.1  # R1's weight (Mescheder et al. 2018, arXiv:1801.04406)
 CLIP_NORM = 50.0  # of encoder and decoder's gradient, twice what is usual
 WEIGHT_DECAY = 0.2  # of encoder and decoder, times the rate (arXiv:1711.05101)
-START_DIMENSIONS = 10  # of the linear code that the encoder starts at
+START_DIMENSIONS = 11  # of the linear code that the encoder starts at
 START_NOISE = 0.25  # its standard deviation there, where the prior's is 1
 LOG_VARIANCES = (-12.0, 4.0)  # of q(z|x), the least and the most; see `bounded`
 FRESH_LEARNING_RATE = 3e-4  # of the discriminator that judges the finished codes
@@ -340,6 +340,8 @@ class AdversarialAutoencoder(_Seeded, keras.Model):
         super().__init__()
         self.recipe = recipe or Recipe()
         self.encoder = encoder
+        self.draw = encoder.layers[-1]  # of a Gaussian encoder what draws from q(z|x)
+        self.posterior = keras.Model(encoder.inputs, self.draw.input)
         self.decoder = decoder
         self.discriminator = discriminator
         self.encoder_loss_kind = encoder_loss_kind
@@ -407,7 +409,8 @@ class AdversarialAutoencoder(_Seeded, keras.Model):
         """Take the three stages on a batch of uint8 images (N, 784)."""
         x = utils.unit_floats(images)
         with tf.GradientTape() as tape:
-            codes = self.encoder(x, training=True)
+            posterior = self.posterior(x, training=True)
+            codes = self.draw(posterior)
 
             # (a) Encoder and decoder minimise the squared error. The assignment's norm
             #     pulls no less on an image that is nearly right.
@@ -415,7 +418,7 @@ class AdversarialAutoencoder(_Seeded, keras.Model):
             squared = tf.reduce_sum(tf.square(x - restored), axis=-1)
 
             # (b) The discriminator minimises L_D, and its slope where the prior is.
-            loss_d = self.train_discriminator(tf.stop_gradient(codes))
+            loss_d = self.train_discriminator(posterior, images.shape[0])
 
             # (c) The encoder minimises L_Enc under the discriminator so improved.
             logits = self.discriminator(codes, training=True)
@@ -426,16 +429,23 @@ class AdversarialAutoencoder(_Seeded, keras.Model):
         self.optimizer.apply(tape.gradient(loss, variables), variables)
         return self.track(x, restored, loss_d, loss_enc)
 
-    def train_discriminator(self, codes: tf.Tensor) -> tf.Tensor:
-        """Take the steps down L_D on codes (N, D) and as many draws; return the last's.
+    def train_discriminator(self, posterior: Any, count: int) -> tf.Tensor:
+        """Take the steps down L_D; return the last's.
 
-        The first step takes R1 for all of them ("lazily": Karras et al. 2020,
-        arXiv:1912.04958, appendix B): its second derivatives cost as much as the rest.
+        Each has codes and prior draws of its own: on the same ones again, it would
+        learn them by heart. The first step takes R1 for all of them ("lazily": Karras
+        et al. 2020, arXiv:1912.04958, appendix B): its second derivatives cost as much
+        as the rest.
+
+        Args:
+            posterior: what `draw` makes codes (count, D) of.
+            count: of images, and of prior draws.
         """
         steps = self.recipe.discriminator_steps
         penalty = self.recipe.gradient_penalty * steps
         for step in range(steps):
-            prior = self.draw_prior(codes.shape[0])
+            prior = self.draw_prior(count)
+            codes = tf.stop_gradient(self.draw(posterior))
             with tf.GradientTape() as tape:
                 with tf.GradientTape() as slope_tape:
                     slope_tape.watch(prior)
