@@ -88,7 +88,7 @@ SHORT_ROWS = {
     "smooth": Row("+ R1 on the discriminator", SHORT, SMOOTH),
     "decayed": Row("+ weight decay", SHORT, DECAYED),
     "steady": Row("+ the discriminator's rate stays", SHORT, STEADY),
-    "whole": Row("+ three steps of (b) for one of the others: the default", SHORT),
+    "whole": Row("+ several steps of (b) for one of the others: the default", SHORT),
     "shallow": Row(
         "the default with two hidden layers",
         SHORT,
