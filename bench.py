@@ -270,19 +270,15 @@ def torch_steps() -> dict[str, dict[str, Callable[[int], None]]]:
             codes = mean + torch.exp(log_variance / 2) * torch.randn_like(mean)
             squared = (decoder(codes) - x).square().sum(dim=1).mean()
 
-            for number in range(q2.DISCRIMINATOR_STEPS):
-                prior = torch.randn_like(mean).requires_grad_(number == 0)
-                prior_logits = discriminator(prior)
-                loss = functional.softplus(-prior_logits).mean()
-                loss = loss + functional.softplus(discriminator(codes.detach())).mean()
-                if number == 0:
-                    total = prior_logits.sum()
-                    (slopes,) = torch.autograd.grad(total, prior, create_graph=True)
-                    penalty = slopes.square().sum(dim=1).mean() / 2
-                    loss = loss + q2.DISCRIMINATOR_STEPS * q2.GRADIENT_PENALTY * penalty
-                other.zero_grad()
-                loss.backward()
-                other.step()
+            prior = torch.randn_like(mean).requires_grad_()
+            prior_logits = discriminator(prior)
+            slopes = torch.autograd.grad(prior_logits.sum(), prior, create_graph=True)
+            penalty = slopes[0].square().sum(dim=1).mean() / 2
+            loss = functional.softplus(-prior_logits).mean()
+            loss = loss + functional.softplus(discriminator(codes.detach())).mean()
+            other.zero_grad()
+            (loss + q2.GRADIENT_PENALTY * penalty).backward()
+            other.step()
 
             for parameter in discriminator.parameters():
                 parameter.requires_grad_(False)

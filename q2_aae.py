@@ -53,13 +53,12 @@ EPOCHS = 36
 BATCH_SIZE = 128
 LEARNING_RATE = 1.5e-3  # of encoder and decoder; see `utils.falling_rate`
 DISCRIMINATOR_LEARNING_RATE = 2e-3  # stays, so that it gets ahead of the encoder
-DISCRIMINATOR_STEPS = 6  # of (b) for each of (a) and (c): what it sees, these can mend
 MOMENTUM = 0.5  # Adam's beta_1: a long memory makes two adversaries circle each other
-ADVERSARIAL_WEIGHT = 30.0  # of (c), in squared errors summed over an image, a nat
+ADVERSARIAL_WEIGHT = 12.0  # of (c), in squared errors summed over an image, a nat
 GRADIENT_PENALTY = 0.1  # R1's weight (Mescheder et al. 2018, arXiv:1801.04406)
 CLIP_NORM = 50.0  # of encoder and decoder's gradient, twice what is usual
 WEIGHT_DECAY = 0.2  # of encoder and decoder, times the rate (arXiv:1711.05101)
-START_DIMENSIONS = 11  # of the linear code that the encoder starts at
+START_DIMENSIONS = 9  # of the linear code that the encoder starts at
 START_NOISE = 0.25  # its standard deviation there, where the prior's is 1
 LOG_VARIANCES = (-12.0, 4.0)  # of q(z|x), the least and the most; see `bounded`
 FRESH_LEARNING_RATE = 3e-4  # of the discriminator that judges the finished codes
@@ -86,7 +85,7 @@ class Recipe(NamedTuple):
     adversarial_weight: float = ADVERSARIAL_WEIGHT
     discriminator_learning_rate: float = DISCRIMINATOR_LEARNING_RATE
     discriminator_rate_decays: bool = False
-    discriminator_steps: int = DISCRIMINATOR_STEPS
+    discriminator_steps: int = 1  # of (b) for each of (a) and (c)
     momentum: float = MOMENTUM
     gradient_penalty: float = GRADIENT_PENALTY
     weight_decay: float = WEIGHT_DECAY
@@ -418,7 +417,7 @@ class AdversarialAutoencoder(_Seeded, keras.Model):
             squared = tf.reduce_sum(tf.square(x - restored), axis=-1)
 
             # (b) The discriminator minimises L_D, and its slope where the prior is.
-            loss_d = self.train_discriminator(posterior, images.shape[0])
+            loss_d = self.train_discriminator(posterior, codes)
 
             # (c) The encoder minimises L_Enc under the discriminator so improved.
             logits = self.discriminator(codes, training=True)
@@ -429,7 +428,7 @@ class AdversarialAutoencoder(_Seeded, keras.Model):
         self.optimizer.apply(tape.gradient(loss, variables), variables)
         return self.track(x, restored, loss_d, loss_enc)
 
-    def train_discriminator(self, posterior: Any, count: int) -> tf.Tensor:
+    def train_discriminator(self, posterior: Any, codes: tf.Tensor) -> tf.Tensor:
         """Take the steps down L_D; return the last's.
 
         Each has codes and prior draws of its own: on the same ones again, it would
@@ -438,14 +437,14 @@ class AdversarialAutoencoder(_Seeded, keras.Model):
         as the rest.
 
         Args:
-            posterior: what `draw` makes codes (count, D) of.
-            count: of images, and of prior draws.
+            posterior: what `draw` makes codes of, for the second step and later.
+            codes: (N, D), drawn from it, for the first.
         """
         steps = self.recipe.discriminator_steps
         penalty = self.recipe.gradient_penalty * steps
         for step in range(steps):
-            prior = self.draw_prior(count)
-            codes = tf.stop_gradient(self.draw(posterior))
+            prior = self.draw_prior(codes.shape[0])
+            codes = tf.stop_gradient(self.draw(posterior) if step else codes)
             with tf.GradientTape() as tape:
                 with tf.GradientTape() as slope_tape:
                     slope_tape.watch(prior)

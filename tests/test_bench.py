@@ -54,9 +54,8 @@ def test_count_is_the_arithmetic_of_the_three_stages():
     judge = products(100, *q2.DISCRIMINATOR_HIDDEN, 1)
     both = 3 * (encoder + decoder) - 784 * q2.HIDDEN[0]
     # Draws: forward, slopes, and the gradients of both; codes: forward and by kernels,
-    # and again forward and by the codes for stage (c). Further steps have no slopes.
-    further = 2 * 3 * (q2.DISCRIMINATOR_STEPS - 1)
-    expected = 2 * size * (both + (1 + 1 + 2 + 2 + 2 + 3 + further) * judge)
+    # and again forward and by the codes for stage (c).
+    expected = 2 * size * (both + (1 + 1 + 2 + 2 + 2) * judge + 3 * judge)
     assert found == pytest.approx(expected, rel=0.05)
 
 
