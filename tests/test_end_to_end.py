@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import save_pairs
 
+import q1_cnn_autoencoder  # noqa: F401  registers what its model holds
 import q2_aae  # noqa: F401  (registers what its saved models hold)
 
 HOME = Path(__file__).parents[1]
