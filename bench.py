@@ -138,8 +138,12 @@ class Training(NamedTuple):
 
 
 def training(
-    model: keras.Model, images: np.ndarray, batch_size: int, prepare: Callable
-) -> Callable[[int], None]:
+    model: keras.Model,
+    images: np.ndarray,
+    batch_size: int,
+    prepare: Callable,
+    flops: int,
+) -> Training:
     """Return what takes the training steps that `RunFolder.fit` takes.
 
     They are `model.fit`'s own, on batches made as there, without what `fit` does once
@@ -154,7 +158,7 @@ def training(
         for _ in range(times):
             model.train_function(iterator)
 
-    return repeat
+    return Training(repeat, steps, batch_size, flops)
 
 
 def script_steps() -> dict[str, Training]:
@@ -183,18 +187,8 @@ def script_steps() -> dict[str, Training]:
     second = tf.TensorSpec((q2.BATCH_SIZE, q2.PIXELS), tf.uint8)
     q2_flops = count_flops(model.train_step, second)
     return {
-        "q1": Training(
-            training(autoencoder, images, q1.BATCH_SIZE, q1.as_pair),
-            autoencoder.steps_per_execution,
-            q1.BATCH_SIZE,
-            q1_flops,
-        ),
-        "q2": Training(
-            training(model, digits, q2.BATCH_SIZE, tf.identity),
-            model.steps_per_execution,
-            q2.BATCH_SIZE,
-            q2_flops,
-        ),
+        "q1": training(autoencoder, images, q1.BATCH_SIZE, q1.as_pair, q1_flops),
+        "q2": training(model, digits, q2.BATCH_SIZE, tf.identity, q2_flops),
     }
 
 
@@ -267,18 +261,26 @@ def torch_steps() -> dict[str, dict[str, Callable[[int], None]]]:
 
         def step(x: torch.Tensor) -> None:
             mean, log_variance = heads(body(x)).chunk(2, dim=1)
-            codes = mean + torch.exp(log_variance / 2) * torch.randn_like(mean)
+            deviation = torch.exp(log_variance / 2)
+            codes = mean + deviation * torch.randn_like(mean)
             squared = (decoder(codes) - x).square().sum(dim=1).mean()
 
-            prior = torch.randn_like(mean).requires_grad_()
-            prior_logits = discriminator(prior)
-            slopes = torch.autograd.grad(prior_logits.sum(), prior, create_graph=True)
-            penalty = slopes[0].square().sum(dim=1).mean() / 2
-            loss = functional.softplus(-prior_logits).mean()
-            loss = loss + functional.softplus(discriminator(codes.detach())).mean()
-            other.zero_grad()
-            (loss + q2.GRADIENT_PENALTY * penalty).backward()
-            other.step()
+            fake = codes.detach()
+            for number in range(q2.DISCRIMINATOR_STEPS):
+                first = number == 0
+                prior = torch.randn_like(mean).requires_grad_(first)
+                logits = discriminator(prior)
+                loss = functional.softplus(-logits).mean()
+                if first:
+                    slopes = torch.autograd.grad(logits.sum(), prior, create_graph=True)
+                    penalty = slopes[0].square().sum(dim=1).mean() / 2
+                    loss = loss + penalty * q2.GRADIENT_PENALTY * q2.DISCRIMINATOR_STEPS
+                else:
+                    fake = (mean + deviation * torch.randn_like(mean)).detach()
+                loss = loss + functional.softplus(discriminator(fake)).mean()
+                other.zero_grad()
+                loss.backward()
+                other.step()
 
             for parameter in discriminator.parameters():
                 parameter.requires_grad_(False)

@@ -251,7 +251,7 @@ def parzen_log_likelihood(
             )
 
         chunks = pairwise_distances_chunked(
-            images, samples, reduce_func=window, working_memory=128
+            images, samples, reduce_func=window, working_memory=16
         )
         return np.concatenate(list(chunks))
 

@@ -47,20 +47,22 @@ from read_MNIST_M import Split, load_digits
 
 PIXELS = 784  # 28 x 28; the assignment's 768 is a slip
 CODE_DIM = 100
-HIDDEN = (400, 400, 400, 400)  # hidden layers of encoder and decoder
+HIDDEN = (400,) * 6  # hidden layers of encoder and decoder
 DISCRIMINATOR_HIDDEN = (400, 400, 400)
-EPOCHS = 36
+EPOCHS = 32
 BATCH_SIZE = 128
 LEARNING_RATE = 1.5e-3  # of encoder and decoder; see `utils.falling_rate`
 DISCRIMINATOR_LEARNING_RATE = 2e-3  # stays, so that it gets ahead of the encoder
 MOMENTUM = 0.5  # Adam's beta_1: a long memory makes two adversaries circle each other
-ADVERSARIAL_WEIGHT = 12.0  # of (c), in squared errors summed over an image, a nat
+ADVERSARIAL_WEIGHT = 20.0  # of (c), in squared errors summed over an image, a nat
+DISCRIMINATOR_STEPS = 6  # of (b) for each of (a) and (c)
 GRADIENT_PENALTY = 0.1  # R1's weight (Mescheder et al. 2018, arXiv:1801.04406)
 CLIP_NORM = 50.0  # of encoder and decoder's gradient, twice what is usual
 WEIGHT_DECAY = 0.2  # of encoder and decoder, times the rate (arXiv:1711.05101)
-START_DIMENSIONS = 9  # of the linear code that the encoder starts at
+START_DIMENSIONS = 11  # of the linear code that the encoder starts at
 START_NOISE = 0.25  # its standard deviation there, where the prior's is 1
-LOG_VARIANCES = (-12.0, 4.0)  # of q(z|x), the least and the most; see `bounded`
+SIGNAL_NOISE = 0.5  # the most there
+LOG_VARIANCES = (-12.0, 4.0)  # of q(z|x), the least and the most; see `LogVariance`
 FRESH_LEARNING_RATE = 3e-4  # of the discriminator that judges the finished codes
 
 # Of the assignment to the letter: an Adam for each stage
@@ -85,7 +87,7 @@ class Recipe(NamedTuple):
     adversarial_weight: float = ADVERSARIAL_WEIGHT
     discriminator_learning_rate: float = DISCRIMINATOR_LEARNING_RATE
     discriminator_rate_decays: bool = False
-    discriminator_steps: int = 1  # of (b) for each of (a) and (c)
+    discriminator_steps: int = DISCRIMINATOR_STEPS
     momentum: float = MOMENTUM
     gradient_penalty: float = GRADIENT_PENALTY
     weight_decay: float = WEIGHT_DECAY
@@ -170,13 +172,34 @@ class GaussianSample(_Seeded, keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable("aae")
-def bounded(log_variance: tf.Tensor) -> tf.Tensor:
-    """Keep log-variances within `LOG_VARIANCES`.
+class LogVariance(keras.layers.Dense):
+    """The log-variances of q(z|x), within bounds.
 
-    One image of large variance, once in thousands of steps, could otherwise throw all
-    three networks off for good.
+    All stay within `LOG_VARIANCES`: one image of large variance, once in thousands of
+    steps, could otherwise throw all three networks off for good. In the first
+    coordinates the noise stays below `SIGNAL_NOISE`, smoothly: one that the encoder
+    fills with noise, to please the discriminator, the decoder forgets, and it would be
+    lost for good.
+
+    Args:
+        units: as of `keras.layers.Dense`.
+        signal_dimensions: how many the first coordinates are.
     """
-    return tf.clip_by_value(log_variance, *LOG_VARIANCES)
+
+    def __init__(self, units: int, signal_dimensions: int = 0, **kwargs: Any) -> None:
+        super().__init__(units, **kwargs)
+        self.signal_dimensions = signal_dimensions
+
+    def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
+        """Return the log-variances, float32 (N, units)."""
+        free = tf.clip_by_value(super().call(inputs), *LOG_VARIANCES)
+        most = 2.0 * math.log(SIGNAL_NOISE)
+        first = tf.range(self.units) < self.signal_dimensions
+        return tf.where(first, most - tf.nn.softplus(most - free), free)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what a saved model rebuilds the layer from."""
+        return super().get_config() | {"signal_dimensions": self.signal_dimensions}
 
 
 def hidden_layers(x: keras.KerasTensor, widths: Sequence[int]) -> keras.KerasTensor:
@@ -201,11 +224,8 @@ def build_encoder(
     code = keras.layers.Dense(code_dim, name="mean")(x)
     if kind == "gaussian":
         # Starting at variance 1 starts the game against the discriminator at a draw.
-        log_variance = keras.layers.Dense(
-            code_dim,
-            activation=bounded,
-            kernel_initializer="zeros",
-            name="log_variance",
+        log_variance = LogVariance(
+            code_dim, kernel_initializer="zeros", name="log_variance"
         )(x)
         code = GaussianSample(seed)([code, log_variance])
     return keras.Model(image, code, name="encoder")
@@ -223,40 +243,46 @@ def start_at_pca(
     that with the noise they have variance 1; the other coordinates are noise alone. So
     over the training images the codes have the prior's mean and covariance, and the
     game against the discriminator starts near a draw with something in the codes
-    already. GELU lets a perceptron be linear: gelu(y) - gelu(-y) = y.
+    already. GELU lets a perceptron be linear: gelu(y) - gelu(-y) = y. The hidden layers
+    carry more components than reach the code, so that each starts with the image at
+    hand and not with what random layers left of it.
 
     Args:
         encoder: as `build_encoder` returns it, of kind "gaussian".
         pca: of the training images, pixels in [0, 1].
         dimensions: coordinates that carry something; fewer where `pca` has no more, or
             where the code or half a hidden layer has no more room.
-        noise: standard deviation in those coordinates, in (0, 1).
+        noise: standard deviation in those coordinates, in (0, `SIGNAL_NOISE`).
     """
     hidden = [layer for layer in encoder.layers if layer.name.startswith("hidden")]
     mean, log_variance = (encoder.get_layer(n) for n in ("mean", "log_variance"))
     spread = pca.explained_variance_ > 1e-6 * pca.explained_variance_[0]
-    count = min(dimensions, int(spread.sum()), mean.units)
-    count = min(count, *(layer.units // 2 for layer in hidden))
+    carried = min(int(spread.sum()), *(layer.units // 2 for layer in hidden))
+    count = min(dimensions, carried, mean.units)
 
-    scale = np.sqrt(pca.explained_variance_[:count])[:, np.newaxis]
-    whiten = (pca.components_[:count] / scale).T
+    scale = np.sqrt(pca.explained_variance_[:carried])[:, np.newaxis]
+    whiten = (pca.components_[:carried] / scale).T
     kernel, bias = hidden[0].get_weights()
-    kernel[:, : 2 * count] = np.concatenate([whiten, -whiten], axis=1)
-    bias[: 2 * count] = -pca.mean_ @ kernel[:, : 2 * count]
+    kernel[:, : 2 * carried] = np.concatenate([whiten, -whiten], axis=1)
+    bias[: 2 * carried] = -pca.mean_ @ kernel[:, : 2 * carried]
     hidden[0].set_weights([kernel, bias])
     for layer in hidden[1:]:
         kernel, bias = layer.get_weights()
-        kernel[:, : 2 * count] = 0.0
-        kernel[: 2 * count, : 2 * count] = np.kron([[1, -1], [-1, 1]], np.eye(count))
+        kernel[:, : 2 * carried] = 0.0
+        kernel[: 2 * carried, : 2 * carried] = np.kron(
+            [[1, -1], [-1, 1]], np.eye(carried)
+        )
         layer.set_weights([kernel, bias])
 
     kernel, bias = mean.get_weights()
     kernel[:] = 0.0
-    signal = math.sqrt(1.0 - noise**2) * np.eye(count)
-    kernel[: 2 * count, :count] = np.concatenate([signal, -signal])
+    signal = math.sqrt(1.0 - noise**2) * np.eye(carried, count)
+    kernel[: 2 * carried, :count] = np.concatenate([signal, -signal])
     mean.set_weights([kernel, bias])
+    log_variance.signal_dimensions = count
+    most = 2.0 * math.log(SIGNAL_NOISE)
     kernel, bias = log_variance.get_weights()
-    bias[:count] = 2.0 * math.log(noise)
+    bias[:count] = most - math.log(math.expm1(most - 2.0 * math.log(noise)))
     log_variance.set_weights([kernel, bias])
 
 

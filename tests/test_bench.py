@@ -54,8 +54,10 @@ def test_count_is_the_arithmetic_of_the_three_stages():
     judge = products(100, *q2.DISCRIMINATOR_HIDDEN, 1)
     both = 3 * (encoder + decoder) - 784 * q2.HIDDEN[0]
     # Draws: forward, slopes, and the gradients of both; codes: forward and by kernels,
-    # and again forward and by the codes for stage (c).
-    expected = 2 * size * (both + (1 + 1 + 2 + 2 + 2) * judge + 3 * judge)
+    # and again forward and by the codes for stage (c). In more steps of (b), draws and
+    # codes: forward and by kernels.
+    more = (q2.DISCRIMINATOR_STEPS - 1) * 2 * 3
+    expected = 2 * size * (both + (1 + 1 + 2 + 2 + 2 + 3 + more) * judge)
     assert found == pytest.approx(expected, rel=0.05)
 
 

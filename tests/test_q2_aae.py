@@ -158,11 +158,10 @@ def test_encoder_and_decoder_follow_the_weighted_sum_of_two_stages():
     images = tf.constant(RNG.integers(0, 256, (16, 784), np.uint8))
     x = utils.unit_floats(images)
     model = build("deterministic", learning_rate=0.0)
-    model.recipe = model.recipe._replace(discriminator_steps=3)
     model.train_step(images)  # moves the discriminator alone
     taken = (model.optimizer, model.discriminator_optimizer)
     taken = [int(optimizer.iterations.numpy()) for optimizer in taken]
-    assert taken == [1, 3]
+    assert taken == [1, q2.DISCRIMINATOR_STEPS]
     variables = model.autoencoder_variables
     with tf.GradientTape() as tape:
         codes = model.encoder(x)
@@ -212,6 +211,26 @@ def test_encoder_starts_at_a_linear_code_that_follows_the_prior():
     np.testing.assert_array_equal(deviations[:, 12:], 1)
     covariance = np.cov(utils.predict(encoder, images), rowvar=False)
     np.testing.assert_allclose(covariance, np.eye(30), atol=0.15)
+
+
+def test_no_coordinate_of_the_signal_can_be_filled_with_noise(tmp_path):
+    digits, _ = tiny_digits()
+    images = digits.reshape(-1, 784)
+    encoder = q2.build_encoder(8)
+    q2.start_at_pca(encoder, fit_pca(images, 8), dimensions=3)
+    layer = encoder.get_layer("log_variance")
+    kernel, bias = layer.get_weights()
+    layer.set_weights([kernel, 0 * bias + 3])
+    encoder.save(tmp_path / "encoder.keras")
+    encoder = keras.saving.load_model(tmp_path / "encoder.keras")
+    _, deviations = q2.posterior(encoder, images[:5])
+    assert deviations[:, :3].max() <= q2.SIGNAL_NOISE
+    np.testing.assert_allclose(deviations[:, 3:], np.exp(1.5), rtol=1e-5)
+    layer = encoder.get_layer("log_variance")
+    with tf.GradientTape() as tape:
+        log_variances = layer(tf.zeros((1, q2.HIDDEN[-1])))
+    way_back = tape.gradient(log_variances, layer.bias)
+    assert (way_back.numpy() > 1e-3).all()
 
 
 def test_the_discriminators_rate_stays_unless_it_is_to_decay():
