@@ -25,7 +25,7 @@ data: .venv/installed
 test: .venv/installed-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n 2
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
