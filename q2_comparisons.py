@@ -296,7 +296,7 @@ def draw_frontier(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
             (".", utils.INK, f"1/{SHORTER} as long"),
         ):
             axes.plot([], [], marker, color=colour, label=label)
-        axes.legend(loc="upper center")
+        axes.legend(loc="lower right")
 
 
 def draw_controls(
