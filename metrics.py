@@ -250,6 +250,7 @@ def parzen_log_likelihood(
                 axis=1,
             )
 
+        # SciPy's logsumexp holds several copies of a chunk, hence the few MiB.
         chunks = pairwise_distances_chunked(
             images, samples, reduce_func=window, working_memory=16
         )

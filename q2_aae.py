@@ -54,10 +54,10 @@ BATCH_SIZE = 128
 LEARNING_RATE = 1.5e-3  # of encoder and decoder; see `utils.falling_rate`
 DISCRIMINATOR_LEARNING_RATE = 2e-3  # stays, so that it gets ahead of the encoder
 MOMENTUM = 0.5  # Adam's beta_1: a long memory makes two adversaries circle each other
-ADVERSARIAL_WEIGHT = 20.0  # of (c), in squared errors summed over an image, a nat
-DISCRIMINATOR_STEPS = 6  # of (b) for each of (a) and (c)
+ADVERSARIAL_WEIGHT = 10 / 3  # of (c), in the norm of an image's error, a nat
+DISCRIMINATOR_STEPS = 4  # of (b) for each of (a) and (c), at the end; 1 at first
 GRADIENT_PENALTY = 0.1  # R1's weight (Mescheder et al. 2018, arXiv:1801.04406)
-CLIP_NORM = 50.0  # of encoder and decoder's gradient, twice what is usual
+CLIP_NORM = 8.0  # of encoder and decoder's gradient, twice what is usual
 WEIGHT_DECAY = 0.2  # of encoder and decoder, times the rate (arXiv:1711.05101)
 START_DIMENSIONS = 11  # of the linear code that the encoder starts at
 START_NOISE = 0.25  # its standard deviation there, where the prior's is 1
@@ -186,6 +186,8 @@ class LogVariance(keras.layers.Dense):
         signal_dimensions: how many the first coordinates are.
     """
 
+    MOST = 2.0 * math.log(SIGNAL_NOISE)
+
     def __init__(self, units: int, signal_dimensions: int = 0, **kwargs: Any) -> None:
         super().__init__(units, **kwargs)
         self.signal_dimensions = signal_dimensions
@@ -193,9 +195,23 @@ class LogVariance(keras.layers.Dense):
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         """Return the log-variances, float32 (N, units)."""
         free = tf.clip_by_value(super().call(inputs), *LOG_VARIANCES)
-        most = 2.0 * math.log(SIGNAL_NOISE)
         first = tf.range(self.units) < self.signal_dimensions
-        return tf.where(first, most - tf.nn.softplus(most - free), free)
+        bounded = self.MOST - tf.nn.softplus(self.MOST - free)
+        return tf.where(first, bounded, free)
+
+    def start_signal(self, dimensions: int, noise: float) -> None:
+        """Make the first coordinates the signal's, and set the noise they start with.
+
+        Args:
+            dimensions: how many.
+            noise: its standard deviation, in (0, `SIGNAL_NOISE`).
+        """
+        self.signal_dimensions = dimensions
+        kernel, bias = self.get_weights()
+        bias[:dimensions] = self.MOST - math.log(
+            math.expm1(self.MOST - 2.0 * math.log(noise))
+        )
+        self.set_weights([kernel, bias])
 
     def get_config(self) -> dict[str, Any]:
         """Return what a saved model rebuilds the layer from."""
@@ -279,11 +295,7 @@ def start_at_pca(
     signal = math.sqrt(1.0 - noise**2) * np.eye(carried, count)
     kernel[: 2 * carried, :count] = np.concatenate([signal, -signal])
     mean.set_weights([kernel, bias])
-    log_variance.signal_dimensions = count
-    most = 2.0 * math.log(SIGNAL_NOISE)
-    kernel, bias = log_variance.get_weights()
-    bias[:count] = most - math.log(math.expm1(most - 2.0 * math.log(noise)))
-    log_variance.set_weights([kernel, bias])
+    log_variance.start_signal(count, noise)
 
 
 def build_decoder(
@@ -348,6 +360,7 @@ class AdversarialAutoencoder(_Seeded, keras.Model):
         encoder: as `build_encoder` returns it.
         decoder: as `build_decoder` returns it.
         discriminator: as `build_discriminator` returns it.
+        images: uint8 (N, 784), for the further steps of (b).
         encoder_loss_kind: "saturating" or "non-saturating", for stage (c).
         seed: of the prior's draws.
         recipe: rates and weights.
@@ -358,6 +371,7 @@ class AdversarialAutoencoder(_Seeded, keras.Model):
         encoder: keras.Model,
         decoder: keras.Model,
         discriminator: keras.Model,
+        images: np.ndarray,
         encoder_loss_kind: str = "non-saturating",
         seed: int = 0,
         recipe: Recipe | None = None,
@@ -365,10 +379,9 @@ class AdversarialAutoencoder(_Seeded, keras.Model):
         super().__init__()
         self.recipe = recipe or Recipe()
         self.encoder = encoder
-        self.draw = encoder.layers[-1]  # of a Gaussian encoder what draws from q(z|x)
-        self.posterior = keras.Model(encoder.inputs, self.draw.input)
         self.decoder = decoder
         self.discriminator = discriminator
+        self.images = tf.constant(images)
         self.encoder_loss_kind = encoder_loss_kind
         self.seed_generator = keras.random.SeedGenerator(seed)
         self.trackers = {
@@ -410,6 +423,7 @@ class AdversarialAutoencoder(_Seeded, keras.Model):
         )
         self.optimizer.build(self.autoencoder_variables)
         self.discriminator_optimizer.build(self.discriminator.trainable_variables)
+        self.training_steps = epochs * steps
 
     @property
     def autoencoder_variables(self) -> list[keras.Variable]:
@@ -434,55 +448,82 @@ class AdversarialAutoencoder(_Seeded, keras.Model):
         """Take the three stages on a batch of uint8 images (N, 784)."""
         x = utils.unit_floats(images)
         with tf.GradientTape() as tape:
-            posterior = self.posterior(x, training=True)
-            codes = self.draw(posterior)
+            codes = self.encoder(x, training=True)
 
-            # (a) Encoder and decoder minimise the squared error. The assignment's norm
-            #     pulls no less on an image that is nearly right.
+            # (a) Encoder and decoder minimise L_recons, here as a mean over the batch.
             restored = self.decoder(codes, training=True)
-            squared = tf.reduce_sum(tf.square(x - restored), axis=-1)
+            loss_a = tf.reduce_mean(reconstruction_loss(x, restored))
 
             # (b) The discriminator minimises L_D, and its slope where the prior is.
-            loss_d = self.train_discriminator(posterior, codes)
+            with tape.stop_recording():
+                loss_d = self.train_discriminator(codes)
 
             # (c) The encoder minimises L_Enc under the discriminator so improved.
             logits = self.discriminator(codes, training=True)
             loss_enc = encoder_loss(logits, self.encoder_loss_kind)
 
-            loss = tf.reduce_mean(squared) + self.recipe.adversarial_weight * loss_enc
+            loss = loss_a + self.recipe.adversarial_weight * loss_enc
         variables = self.autoencoder_variables
         self.optimizer.apply(tape.gradient(loss, variables), variables)
         return self.track(x, restored, loss_d, loss_enc)
 
-    def train_discriminator(self, posterior: Any, codes: tf.Tensor) -> tf.Tensor:
+    def draw_images(self, count: int) -> tf.Tensor:
+        """Draw training images, uint8 (count, 784), with replacement."""
+        index = keras.random.randint(
+            (count,), 0, len(self.images), seed=self.seed_generator
+        )
+        return tf.gather(self.images, index)
+
+    def discriminator_steps(self) -> tf.Tensor:
+        """Return how many steps (b) takes now, int32, from 1 to the recipe's number."""
+        most = self.recipe.discriminator_steps
+        done = tf.cast(self.optimizer.iterations, tf.int32)
+        return tf.minimum(1 + most * done // self.training_steps, most)
+
+    def train_discriminator(self, codes: tf.Tensor) -> tf.Tensor:
         """Take the steps down L_D; return the last's.
 
-        Each has codes and prior draws of its own: on the same ones again, it would
-        learn them by heart. The first step takes R1 for all of them ("lazily": Karras
-        et al. 2020, arXiv:1912.04958, appendix B): its second derivatives cost as much
-        as the rest.
+        From the second step on they have images of their own: on the same ones again,
+        the discriminator would learn them by heart. The first step takes R1 for all of
+        them ("lazily": Karras et al. 2020, arXiv:1912.04958, appendix B): its second
+        derivatives cost as much as the rest.
 
         Args:
-            posterior: what `draw` makes codes of, for the second step and later.
-            codes: (N, D), drawn from it, for the first.
+            codes: float32 (N, D), for the first step.
         """
-        steps = self.recipe.discriminator_steps
-        penalty = self.recipe.gradient_penalty * steps
-        for step in range(steps):
-            prior = self.draw_prior(codes.shape[0])
-            codes = tf.stop_gradient(self.draw(posterior) if step else codes)
-            with tf.GradientTape() as tape:
-                with tf.GradientTape() as slope_tape:
-                    slope_tape.watch(prior)
-                    prior_logits = self.discriminator(prior, training=True)
-                code_logits = self.discriminator(codes, training=True)
-                loss_d = objective = discriminator_loss(prior_logits, code_logits)
-                if step == 0:
-                    slopes = slope_tape.gradient(prior_logits, prior)
-                    objective += penalty * slope_penalty(slopes)
-            variables = self.discriminator.trainable_variables
-            gradients = tape.gradient(objective, variables)
-            self.discriminator_optimizer.apply(gradients, variables)
+        count = codes.shape[0]
+        steps = self.discriminator_steps()
+        penalty = self.recipe.gradient_penalty * tf.cast(steps, tf.float32)
+
+        def further(step: tf.Tensor, _: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            x = utils.unit_floats(self.draw_images(count))
+            return step + 1, self.discriminator_step(self.encoder(x, training=True))
+
+        loss_d = self.discriminator_step(codes, penalty)
+        return tf.while_loop(lambda step, _: step < steps, further, (1, loss_d))[1]
+
+    def discriminator_step(
+        self, codes: tf.Tensor, penalty: tf.Tensor | None = None
+    ) -> tf.Tensor:
+        """Take a step down L_D on codes (N, D) and as many draws; return L_D.
+
+        Args:
+            codes: float32 (N, D).
+            penalty: weight of R1, if the step takes it.
+        """
+        prior = self.draw_prior(codes.shape[0])
+        with tf.GradientTape() as tape:
+            with tf.GradientTape() as slope_tape:
+                slope_tape.watch(prior)
+                prior_logits = self.discriminator(prior, training=True)
+            code_logits = self.discriminator(codes, training=True)
+            loss_d = objective = discriminator_loss(prior_logits, code_logits)
+            if penalty is not None:
+                slopes = slope_tape.gradient(prior_logits, prior)
+                objective += penalty * slope_penalty(slopes)
+        variables = self.discriminator.trainable_variables
+        gradients = tape.gradient(objective, variables)
+        self.discriminator_optimizer.apply(gradients, variables)
         return loss_d
 
     def track(
@@ -571,21 +612,26 @@ class LiteralAdversarialAutoencoder(AdversarialAutoencoder):
 
 
 def build_model(
-    options: argparse.Namespace, pca: PCA, steps: int, recipe: Recipe | None = None
+    options: argparse.Namespace,
+    pca: PCA,
+    images: np.ndarray,
+    recipe: Recipe | None = None,
 ) -> AdversarialAutoencoder:
     """Build and compile the model that the command line asks for.
 
     Args:
         options: the completed command line.
         pca: of the training images, where the encoder may start.
-        steps: training steps in an epoch.
+        images: uint8 (N, 784), training images.
         recipe: by default the default run's.
     """
     recipe = recipe or Recipe()
+    steps = utils.steps_per_epoch(images, options.batch_size)
     networks = (
         build_encoder(options.code_dim, options.encoder, options.seed, recipe.hidden),
         build_decoder(options.code_dim, recipe.hidden),
         build_discriminator(options.code_dim),
+        images,
     )
     if options.literal:
         model = LiteralAdversarialAutoencoder(
@@ -1217,8 +1263,7 @@ def main() -> None:
     keras.utils.set_random_seed(options.seed)
     watch.lap("data")
     pca = measures.fit_pca(train_split.images, options.code_dim)
-    steps = utils.steps_per_epoch(train_split.images, options.batch_size)
-    model = build_model(options, pca, steps)
+    model = build_model(options, pca, train_split.images)
 
     prefix = f"{options.figures / options.name}_"
 
@@ -1249,7 +1294,7 @@ def main() -> None:
         "fresh_discriminator_accuracy": fresh_discriminator_accuracy(
             *posteriors[0],
             test_codes,
-            options.epochs * steps,
+            steps=int(model.optimizer.iterations.numpy()),
         ),
         "literal": options.literal,
         "encoder": options.encoder,

@@ -89,7 +89,7 @@ SHORT_ROWS = {
     "smooth": Row("+ R1 on the discriminator", SHORT, SMOOTH),
     "decayed": Row("+ weight decay", SHORT, DECAYED),
     "steady": Row("+ the discriminator's rate stays", SHORT, STEADY),
-    "whole": Row("+ six steps of (b): the default", SHORT),
+    "whole": Row("+ up to four steps of (b): the default", SHORT),
     "shallow": Row(
         "the default with two hidden layers",
         SHORT,
@@ -207,14 +207,15 @@ def run_options(name: str, others: Sequence[str]) -> argparse.Namespace:
 
 
 def build_model(
-    row: Row, options: argparse.Namespace, pca: PCA, steps: int
+    row: Row, options: argparse.Namespace, pca: PCA, images: np.ndarray
 ) -> keras.Model:
     """Build and compile a row's model; see `q2_aae.build_model`."""
     if row.beta is None:
-        return q2.build_model(options, pca, steps, row.recipe)
+        return q2.build_model(options, pca, images, row.recipe)
     encoder = q2.build_encoder(options.code_dim, "gaussian", options.seed)
     decoder = q2.build_decoder(options.code_dim)
     model = VariationalAutoencoder(encoder, decoder, row.beta)
+    steps = utils.steps_per_epoch(images, options.batch_size)
     model.compile(options.learning_rate, options.epochs, steps)
     return model
 
@@ -230,8 +231,7 @@ def measure(
     train_split, valid, test = splits
     folder = utils.RunFolder(options)
     keras.utils.set_random_seed(options.seed)
-    steps = utils.steps_per_epoch(train_split.images, options.batch_size)
-    model = build_model(row, options, pca, steps)
+    model = build_model(row, options, pca, train_split.images)
     history = q2.train(model, train_split, valid, options, folder)
     codes = utils.predict(model.encoder, test.images)
     samples = q2.draw_samples(model.decoder, options.code_dim, options.seed)
@@ -242,7 +242,7 @@ def measure(
         "validation_mse": float(history["val_mse"][-1]),
         "loss_discriminator": None if loss is None else float(loss[-1]),
         "fresh_discriminator_accuracy": q2.fresh_discriminator_accuracy(
-            *posterior, codes, options.epochs * steps
+            *posterior, codes, steps=int(model.optimizer.iterations.numpy())
         ),
         "training_seconds": float(history["seconds"].sum()),
         "epochs": len(history["epoch"]),

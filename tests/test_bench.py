@@ -41,10 +41,10 @@ def test_count_is_the_arithmetic_of_a_perceptrons_step():
 
 def test_count_is_the_arithmetic_of_the_three_stages():
     options = q2.parse_options(["--data", "unread"])
-    model = q2.build_model(options, PCA(100).fit(np.eye(784)[:200]), 230)
+    images = np.eye(784, dtype=np.uint8)[:200]
+    model = q2.build_model(options, PCA(100).fit(images), images)
     size = q2.BATCH_SIZE
-    signature = tf.TensorSpec((size, q2.PIXELS), tf.uint8)
-    found = bench.count_flops(model.train_step, signature)
+    found = bench.q2_step_flops(model, 5)
 
     def products(first, *widths):
         return sum(a * b for a, b in zip((first, *widths), widths, strict=False))
@@ -54,10 +54,10 @@ def test_count_is_the_arithmetic_of_the_three_stages():
     judge = products(100, *q2.DISCRIMINATOR_HIDDEN, 1)
     both = 3 * (encoder + decoder) - 784 * q2.HIDDEN[0]
     # Draws: forward, slopes, and the gradients of both; codes: forward and by kernels,
-    # and again forward and by the codes for stage (c). In more steps of (b), draws and
-    # codes: forward and by kernels.
-    more = (q2.DISCRIMINATOR_STEPS - 1) * 2 * 3
-    expected = 2 * size * (both + (1 + 1 + 2 + 2 + 2 + 3 + more) * judge)
+    # and again forward and by the codes for stage (c). In four further steps of (b),
+    # images are encoded; draws and codes: forward and by kernels.
+    further = 4 * (encoder + 2 * 3 * judge)
+    expected = 2 * size * (both + (1 + 1 + 2 + 2 + 2 + 3) * judge + further)
     assert found == pytest.approx(expected, rel=0.05)
 
 

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from conftest import save_pairs
 
-import q1_cnn_autoencoder  # noqa: F401  registers what its model holds
-import q2_aae  # noqa: F401  (registers what its saved models hold)
+import q1_cnn_autoencoder  # noqa: F401  registers what its saved models hold
+import q2_aae  # noqa: F401  likewise
 
 HOME = Path(__file__).parents[1]
 SCRIPTS = {"q1": "q1_cnn_autoencoder.py", "q2": "q2_aae.py"}

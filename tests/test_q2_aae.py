@@ -12,6 +12,7 @@ import q2_aae as q2
 from metrics import fit_pca
 
 RNG = np.random.default_rng(0)
+IMAGES = tiny_digits()[0].reshape(-1, 784)
 
 
 def probability(logits):
@@ -74,13 +75,15 @@ def networks(kind):
 
 
 def build_literal(rates=(1e-3, 1e-3)):
-    model = q2.LiteralAdversarialAutoencoder(*networks("deterministic"), "saturating")
+    parts = *networks("deterministic"), IMAGES
+    model = q2.LiteralAdversarialAutoencoder(*parts, "saturating")
     model.compile(*rates, steps=100)
     return model
 
 
 def build(kind="gaussian", learning_rate=1e-3, **recipe):
-    model = q2.AdversarialAutoencoder(*networks(kind), recipe=q2.Recipe(**recipe))
+    recipe = q2.Recipe(**recipe)
+    model = q2.AdversarialAutoencoder(*networks(kind), IMAGES, recipe=recipe)
     model.compile(learning_rate, epochs=10, steps=100)
     return model
 
@@ -112,14 +115,15 @@ def test_each_stage_trains_its_own_networks(rates, moving):
     [lambda: build("deterministic", discriminator_steps=2), build_literal],
 )
 def test_compiled_step_computes_what_the_plain_step_computes(build_model):
-    digits, _ = tiny_digits()
     prior = tf.constant(RNG.normal(size=(64, 8)).astype(np.float32))
-    batches = np.split(digits[:256].reshape(256, 784), 4)
+    batches = np.split(IMAGES[:256], 4)
     seen = {}
     for compiled in (False, True):
         model = build_model()
         assert model.jit_compile
+        model.training_steps = 4  # so that (b) comes to its second step
         model.draw_prior = lambda _: prior  # XLA has random numbers of its own
+        model.draw_images = lambda count: tf.constant(IMAGES[-count:])
         step = tf.function(model.train_step, jit_compile=compiled)
         losses = [step(tf.constant(batch)) for batch in batches]
         seen[compiled] = [list(each.values()) for each in losses]
@@ -129,8 +133,7 @@ def test_compiled_step_computes_what_the_plain_step_computes(build_model):
 
 
 def test_stages_learn_what_they_minimise():
-    digits, _ = tiny_digits()
-    images = tf.constant(digits[:64].reshape(64, 784))
+    images = tf.constant(IMAGES[:64])
     x = utils.unit_floats(images)
 
     model = build_literal(rates=(1e-3, 0.0))
@@ -164,13 +167,10 @@ def test_encoder_and_decoder_follow_the_weighted_sum_of_two_stages():
     x = utils.unit_floats(images)
     model = build("deterministic", learning_rate=0.0)
     model.train_step(images)  # moves the discriminator alone
-    taken = (model.optimizer, model.discriminator_optimizer)
-    taken = [int(optimizer.iterations.numpy()) for optimizer in taken]
-    assert taken == [1, q2.DISCRIMINATOR_STEPS]
     variables = model.autoencoder_variables
     with tf.GradientTape() as tape:
         codes = model.encoder(x)
-        error = tf.reduce_sum(tf.square(x - model.decoder(codes))) / 16
+        error = tf.reduce_mean(tf.norm(x - model.decoder(codes), axis=1))
         logits = model.discriminator(codes)
         loss = error - q2.ADVERSARIAL_WEIGHT * tf.reduce_mean(
             tf.math.log_sigmoid(logits)
@@ -179,10 +179,32 @@ def test_encoder_and_decoder_follow_the_weighted_sum_of_two_stages():
 
     found = []
     model.optimizer.apply = lambda gradients, _: found.extend(gradients)
-    model.train_discriminator = lambda *_: 0.0
+    model.train_discriminator = lambda _: 0.0
     model.train_step(images)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_discriminator_takes_more_steps_as_training_goes_on():
+    model = build("deterministic", learning_rate=0.0, discriminator_steps=3)
+    step = tf.function(model.train_step)
+    drawn, images = [], model.draw_images
+    model.draw_images = lambda count: drawn.append(count) or images(count)
+    taken = []
+    for done in (0, 333, 334, 667, 999, 2000):
+        model.optimizer.iterations.assign(done)
+        before = int(model.discriminator_optimizer.iterations.numpy())
+        step(tf.constant(IMAGES[:16]))
+        taken.append(int(model.discriminator_optimizer.iterations.numpy()) - before)
+    assert taken == [1, 1, 2, 3, 3, 3]
+    assert drawn == [16]  # traced once, for as many images as the batch has
+
+
+def test_images_are_drawn_from_all_of_the_training_images():
+    model = build()
+    drawn = model.draw_images(20 * len(IMAGES)).numpy()
+    assert drawn.dtype == np.uint8
+    assert len(np.unique(drawn, axis=0)) == len(np.unique(IMAGES, axis=0))
 
 
 def test_discriminator_learns_against_its_slope():
@@ -205,32 +227,28 @@ def test_discriminator_learns_against_its_slope():
 
 
 def test_encoder_starts_at_a_linear_code_that_follows_the_prior():
-    digits, _ = tiny_digits()
-    images = digits.reshape(-1, 784)
     encoder = q2.build_encoder(30)
-    pca = fit_pca(images, 30)
+    pca = fit_pca(IMAGES, 30)
     q2.start_at_pca(encoder, pca, dimensions=12, noise=0.4)
-    means, deviations = q2.posterior(encoder, images)
-    scores = pca.transform(images / 255) / np.sqrt(pca.explained_variance_)
+    means, deviations = q2.posterior(encoder, IMAGES)
+    scores = pca.transform(IMAGES / 255) / np.sqrt(pca.explained_variance_)
     np.testing.assert_allclose(means[:, :12], 0.84**0.5 * scores[:, :12], atol=1e-3)
     np.testing.assert_array_equal(means[:, 12:], 0)
     np.testing.assert_allclose(deviations[:, :12], 0.4, rtol=1e-5)
     np.testing.assert_array_equal(deviations[:, 12:], 1)
-    covariance = np.cov(utils.predict(encoder, images), rowvar=False)
+    covariance = np.cov(utils.predict(encoder, IMAGES), rowvar=False)
     np.testing.assert_allclose(covariance, np.eye(30), atol=0.15)
 
 
 def test_no_coordinate_of_the_signal_can_be_filled_with_noise(tmp_path):
-    digits, _ = tiny_digits()
-    images = digits.reshape(-1, 784)
     encoder = q2.build_encoder(8)
-    q2.start_at_pca(encoder, fit_pca(images, 8), dimensions=3)
+    q2.start_at_pca(encoder, fit_pca(IMAGES, 8), dimensions=3)
     layer = encoder.get_layer("log_variance")
     kernel, bias = layer.get_weights()
     layer.set_weights([kernel, 0 * bias + 3])
     encoder.save(tmp_path / "encoder.keras")
     encoder = keras.saving.load_model(tmp_path / "encoder.keras")
-    _, deviations = q2.posterior(encoder, images[:5])
+    _, deviations = q2.posterior(encoder, IMAGES[:5])
     assert deviations[:, :3].max() <= q2.SIGNAL_NOISE
     np.testing.assert_allclose(deviations[:, 3:], np.exp(1.5), rtol=1e-5)
     layer = encoder.get_layer("log_variance")
