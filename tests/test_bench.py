@@ -97,6 +97,7 @@ def test_what_is_measured_is_told_for_both_questions(monkeypatch):
     monkeypatch.setattr(bench, "SECONDS", 0.1)
     monkeypatch.setattr(bench, "SIZE", 256)
     monkeypatch.setattr(bench, "IMAGES", 512)
+    monkeypatch.setattr(bench, "TRAINING_IMAGES", 512)
     options = bench.parse_options(["--steps-only", "--rounds", "1"])
     found = bench.measure(options)
     for name in ("q1", "q2"):
