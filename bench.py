@@ -254,6 +254,10 @@ def torch_steps() -> dict[str, dict[str, Callable[[int], None]]]:
 
         return step
 
+    class Skip(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + super().forward(x)
+
     def perceptron(first: int, hidden: Sequence[int]) -> nn.Sequential:
         widths = (first, *hidden)
         pairs = zip(widths, hidden, strict=False)
@@ -263,7 +267,9 @@ def torch_steps() -> dict[str, dict[str, Callable[[int], None]]]:
     def q2_model() -> Callable[[torch.Tensor], None]:
         body = perceptron(q2.PIXELS, q2.HIDDEN)
         heads = nn.Linear(q2.HIDDEN[-1], 2 * q2.CODE_DIM)
-        decoder = perceptron(q2.CODE_DIM, q2.HIDDEN)
+        first, *others = q2.HIDDEN
+        decoder = perceptron(q2.CODE_DIM, [first])
+        decoder.extend(Skip(*perceptron(width, [width])) for width in others)
         decoder.extend([nn.Linear(q2.HIDDEN[-1], q2.PIXELS), nn.Sigmoid()])
         discriminator = perceptron(q2.CODE_DIM, q2.DISCRIMINATOR_HIDDEN)
         discriminator.append(nn.Linear(q2.DISCRIMINATOR_HIDDEN[-1], 1))

@@ -15,11 +15,12 @@ stages:
 Sharp reconstructions and moving losses do not show that the codes follow the prior,
 so this script measures it: see `metrics.prior_match` and the Fréchet distance.
 
-To the letter (`--literal`) the codes do not follow it. By default, then, four things
+To the letter (`--literal`) the codes do not follow it. By default, then, five things
 differ: the encoder draws its code from a normal with a learned variance; it starts at
 a linear code whose aggregate is the prior's, with the digits in few coordinates; one
-Adam weighs (a) against (c); and the discriminator is kept smooth, and gets ahead of the
-encoder as the encoder's rate falls.
+Adam weighs (a) against (c); the discriminator is kept smooth, and gets ahead of the
+encoder as the encoder's rate falls; and the decoder has skips, with which it learns
+faster.
 """
 
 from __future__ import annotations
@@ -59,9 +60,10 @@ DISCRIMINATOR_STEPS = 4  # of (b) for each of (a) and (c), at the end; 1 at firs
 GRADIENT_PENALTY = 0.1  # R1's weight (Mescheder et al. 2018, arXiv:1801.04406)
 CLIP_NORM = 8.0  # of encoder and decoder's gradient, twice what is usual
 WEIGHT_DECAY = 0.2  # of encoder and decoder, times the rate (arXiv:1711.05101)
-START_DIMENSIONS = 11  # of the linear code that the encoder starts at
+START_DIMENSIONS = 10  # of the linear code that the encoder starts at
 START_NOISE = 0.25  # its standard deviation there, where the prior's is 1
 SIGNAL_NOISE = 0.5  # the most there
+OTHER_NOISE = 0.98  # the least in the other coordinates
 LOG_VARIANCES = (-12.0, 4.0)  # of q(z|x), the least and the most; see `LogVariance`
 FRESH_LEARNING_RATE = 3e-4  # of the discriminator that judges the finished codes
 
@@ -83,6 +85,7 @@ class Recipe(NamedTuple):
     """What else the default run sets; the comparisons vary it."""
 
     hidden: tuple[int, ...] = HIDDEN
+    decoder_skips: bool = True
     start_dimensions: int = START_DIMENSIONS  # 0: the encoder starts at random
     adversarial_weight: float = ADVERSARIAL_WEIGHT
     discriminator_learning_rate: float = DISCRIMINATOR_LEARNING_RATE
@@ -176,17 +179,19 @@ class LogVariance(keras.layers.Dense):
     """The log-variances of q(z|x), within bounds.
 
     All stay within `LOG_VARIANCES`: one image of large variance, once in thousands of
-    steps, could otherwise throw all three networks off for good. In the first
-    coordinates the noise stays below `SIGNAL_NOISE`, smoothly: one that the encoder
-    fills with noise, to please the discriminator, the decoder forgets, and it would be
-    lost for good.
+    steps, could otherwise throw all three networks off for good. The digits are to lie
+    in the first coordinates: there the noise stays below `SIGNAL_NOISE`, smoothly, and
+    in the others above `OTHER_NOISE`. A coordinate that the encoder fills with noise,
+    to please the discriminator, the decoder forgets, and it would be lost for good. One
+    more that it takes for the digits leaves more room between them, where draws decode
+    to none.
 
     Args:
         units: as of `keras.layers.Dense`.
-        signal_dimensions: how many the first coordinates are.
+        signal_dimensions: how many the first coordinates are; with none, all are free.
     """
 
-    MOST = 2.0 * math.log(SIGNAL_NOISE)
+    MOST, LEAST = 2.0 * math.log(SIGNAL_NOISE), 2.0 * math.log(OTHER_NOISE)
 
     def __init__(self, units: int, signal_dimensions: int = 0, **kwargs: Any) -> None:
         super().__init__(units, **kwargs)
@@ -195,22 +200,28 @@ class LogVariance(keras.layers.Dense):
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         """Return the log-variances, float32 (N, units)."""
         free = tf.clip_by_value(super().call(inputs), *LOG_VARIANCES)
+        if not self.signal_dimensions:
+            return free
         first = tf.range(self.units) < self.signal_dimensions
-        bounded = self.MOST - tf.nn.softplus(self.MOST - free)
-        return tf.where(first, bounded, free)
+        return tf.where(
+            first,
+            self.MOST - tf.nn.softplus(self.MOST - free),
+            self.LEAST + tf.nn.softplus(free - self.LEAST),
+        )
 
     def start_signal(self, dimensions: int, noise: float) -> None:
-        """Make the first coordinates the signal's, and set the noise they start with.
+        """Make the first coordinates the signal's, and set the noise that all start at.
 
         Args:
             dimensions: how many.
-            noise: its standard deviation, in (0, `SIGNAL_NOISE`).
+            noise: its standard deviation there, in (0, `SIGNAL_NOISE`); 1 elsewhere.
         """
         self.signal_dimensions = dimensions
         kernel, bias = self.get_weights()
         bias[:dimensions] = self.MOST - math.log(
             math.expm1(self.MOST - 2.0 * math.log(noise))
         )
+        bias[dimensions:] = self.LEAST + math.log(math.expm1(-self.LEAST))
         self.set_weights([kernel, bias])
 
     def get_config(self) -> dict[str, Any]:
@@ -218,10 +229,17 @@ class LogVariance(keras.layers.Dense):
         return super().get_config() | {"signal_dimensions": self.signal_dimensions}
 
 
-def hidden_layers(x: keras.KerasTensor, widths: Sequence[int]) -> keras.KerasTensor:
-    """Apply the hidden layers that all three networks share in kind."""
+def hidden_layers(
+    x: keras.KerasTensor, widths: Sequence[int], skips: bool = False
+) -> keras.KerasTensor:
+    """Apply the hidden layers that all three networks share in kind.
+
+    With skips, each from the second on adds to what it is given (He et al. 2016,
+    arXiv:1512.03385); they must be of one width then.
+    """
     for number, width in enumerate(widths, 1):
-        x = keras.layers.Dense(width, activation="gelu", name=f"hidden_{number}")(x)
+        layer = keras.layers.Dense(width, activation="gelu", name=f"hidden_{number}")
+        x = x + layer(x) if skips and number > 1 else layer(x)
     return x
 
 
@@ -299,11 +317,11 @@ def start_at_pca(
 
 
 def build_decoder(
-    code_dim: int = CODE_DIM, hidden: Sequence[int] = HIDDEN
+    code_dim: int = CODE_DIM, hidden: Sequence[int] = HIDDEN, skips: bool = True
 ) -> keras.Model:
     """Build the decoder: codes (N, code_dim) to images, float32 (N, 784) in [0, 1]."""
     code = keras.Input((code_dim,))
-    x = hidden_layers(code, hidden)
+    x = hidden_layers(code, hidden, skips)
     image = keras.layers.Dense(PIXELS, activation="sigmoid")(x)
     return keras.Model(code, image, name="decoder")
 
@@ -629,7 +647,11 @@ def build_model(
     steps = utils.steps_per_epoch(images, options.batch_size)
     networks = (
         build_encoder(options.code_dim, options.encoder, options.seed, recipe.hidden),
-        build_decoder(options.code_dim, recipe.hidden),
+        build_decoder(
+            options.code_dim,
+            recipe.hidden,
+            recipe.decoder_skips and not options.literal,
+        ),
         build_discriminator(options.code_dim),
         images,
     )

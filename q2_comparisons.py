@@ -60,6 +60,7 @@ SHORT = ("--epochs", str(q2.EPOCHS // SHORTER))
 LETTER = (*SHORT, "--literal")
 GAUSSIAN = (*LETTER, "--encoder", "gaussian")
 PLAIN = q2.Recipe(
+    decoder_skips=False,
     start_dimensions=0,
     discriminator_learning_rate=q2.LEARNING_RATE,
     discriminator_rate_decays=True,
@@ -76,6 +77,7 @@ STEADY = DECAYED._replace(
     discriminator_learning_rate=q2.DISCRIMINATOR_LEARNING_RATE,
     discriminator_rate_decays=False,
 )
+SKIPPED = STEADY._replace(decoder_skips=True)
 DEFAULT = q2.Recipe()
 SHORT_ROWS = {
     "letter": Row("the assignment to the letter", LETTER),
@@ -89,6 +91,7 @@ SHORT_ROWS = {
     "smooth": Row("+ R1 on the discriminator", SHORT, SMOOTH),
     "decayed": Row("+ weight decay", SHORT, DECAYED),
     "steady": Row("+ the discriminator's rate stays", SHORT, STEADY),
+    "skipped": Row("+ skips in the decoder", SHORT, SKIPPED),
     "whole": Row("+ up to four steps of (b): the default", SHORT),
     "shallow": Row(
         "the default with two hidden layers",
@@ -97,6 +100,19 @@ SHORT_ROWS = {
     ),
     "wide-start": Row(
         "the default from 40 components", SHORT, DEFAULT._replace(start_dimensions=40)
+    ),
+    "narrow-start": Row(
+        "the default from 8 components", SHORT, DEFAULT._replace(start_dimensions=8)
+    ),
+    "light": Row(
+        "the default with (c) at half its weight",
+        SHORT,
+        DEFAULT._replace(adversarial_weight=q2.ADVERSARIAL_WEIGHT / 2),
+    ),
+    "heavy": Row(
+        "the default with (c) at twice its weight",
+        SHORT,
+        DEFAULT._replace(adversarial_weight=q2.ADVERSARIAL_WEIGHT * 2),
     ),
     "short-vae": Row("variational autoencoder", SHORT, beta=1.0),
 }
