@@ -283,6 +283,7 @@ def draw_frontier(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
             full = name in FULL_ROWS
             colour = utils.ACCENT if full else utils.INK
             axes.plot(10**x, 10**y, "o" if full else ".", color=colour)
+        axes.figure.draw_without_rendering()  # settles where the points are
         lowest = math.inf  # height in points of the last label to the left of a crowd
         for name, (x, y) in sorted(places.items(), key=lambda item: -item[1][1]):
             if name in SEEDS[1:]:
@@ -295,9 +296,15 @@ def draw_frontier(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
             )
             offset = (6, -3)
             if crowded:
-                height = axes.transData.transform(point)[1] * 72 / axes.figure.dpi
-                lowest = min(height, lowest - 9)
-                offset = (-18, lowest - height - 3)
+                left = min(
+                    other_x
+                    for other_x, other_y in places.values()
+                    if abs(other_x - x) < 0.06 and abs(other_y - y) < 0.25
+                )
+                ends = axes.transData.transform([point, (10**left, 10**y)])
+                (right, height), (left, _) = ends * 72 / axes.figure.dpi
+                lowest = min(height + 36, lowest - 10)
+                offset = (left - right - 24, lowest - height - 3)
             axes.annotate(
                 name,
                 point,
@@ -305,7 +312,9 @@ def draw_frontier(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
                 textcoords="offset points",
                 ha="right" if crowded else "left",
                 fontsize=8,
-                arrowprops={"arrowstyle": "-", "lw": 0.4} if crowded else None,
+                arrowprops={"arrowstyle": "-", "lw": 0.4, "relpos": (1, 0.5)}
+                if crowded
+                else None,
             )
         for marker, colour, label in (
             ("o", utils.ACCENT, "as long as the default"),
