@@ -203,11 +203,9 @@ class LogVariance(keras.layers.Dense):
         if not self.signal_dimensions:
             return free
         first = tf.range(self.units) < self.signal_dimensions
-        return tf.where(
-            first,
-            self.MOST - tf.nn.softplus(self.MOST - free),
-            self.LEAST + tf.nn.softplus(free - self.LEAST),
-        )
+        below = self.MOST - tf.nn.softplus(self.MOST - free)
+        above = self.LEAST + tf.nn.softplus(free - self.LEAST)
+        return tf.where(first, below, above)
 
     def start_signal(self, dimensions: int, noise: float) -> None:
         """Make the first coordinates the signal's, and set the noise that all start at.
@@ -218,9 +216,9 @@ class LogVariance(keras.layers.Dense):
         """
         self.signal_dimensions = dimensions
         kernel, bias = self.get_weights()
-        bias[:dimensions] = self.MOST - math.log(
-            math.expm1(self.MOST - 2.0 * math.log(noise))
-        )
+        # What `call` makes the log-variance 2 log(noise) of, and 0.
+        below = self.MOST - 2.0 * math.log(noise)
+        bias[:dimensions] = self.MOST - math.log(math.expm1(below))
         bias[dimensions:] = self.LEAST + math.log(math.expm1(-self.LEAST))
         self.set_weights([kernel, bias])
 
@@ -641,17 +639,13 @@ def build_model(
         options: the completed command line.
         pca: of the training images, where the encoder may start.
         images: uint8 (N, 784), training images.
-        recipe: by default the default run's.
+        recipe: by default the default run's, to the letter without skips.
     """
-    recipe = recipe or Recipe()
+    recipe = recipe or Recipe(decoder_skips=not options.literal)
     steps = utils.steps_per_epoch(images, options.batch_size)
     networks = (
         build_encoder(options.code_dim, options.encoder, options.seed, recipe.hidden),
-        build_decoder(
-            options.code_dim,
-            recipe.hidden,
-            recipe.decoder_skips and not options.literal,
-        ),
+        build_decoder(options.code_dim, recipe.hidden, recipe.decoder_skips),
         build_discriminator(options.code_dim),
         images,
     )

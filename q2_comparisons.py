@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import utils
 
 import keras
+import matplotlib.pyplot as plt
 import numpy as np
 import tensorflow as tf
 from sklearn.decomposition import PCA
@@ -45,8 +46,18 @@ class Row(NamedTuple):
     beta: float | None = None
 
 
+PLAIN = q2.Recipe(
+    decoder_skips=False,
+    start_dimensions=0,
+    discriminator_learning_rate=q2.LEARNING_RATE,
+    discriminator_rate_decays=True,
+    discriminator_steps=1,
+    momentum=0.9,
+    gradient_penalty=0.0,
+    weight_decay=0.0,
+)
 FULL_ROWS = {
-    "literal": Row("the assignment to the letter", ("--literal",)),
+    "literal": Row("the assignment to the letter", ("--literal",), PLAIN),
     "vae": Row("variational autoencoder", beta=1.0),
     "default": Row("the default run"),
     "seed-1": Row("the same, seed 1", ("--seed", "1")),
@@ -59,16 +70,7 @@ SHORTER = 10  # times fewer epochs
 SHORT = ("--epochs", str(q2.EPOCHS // SHORTER))
 LETTER = (*SHORT, "--literal")
 GAUSSIAN = (*LETTER, "--encoder", "gaussian")
-PLAIN = q2.Recipe(
-    decoder_skips=False,
-    start_dimensions=0,
-    discriminator_learning_rate=q2.LEARNING_RATE,
-    discriminator_rate_decays=True,
-    discriminator_steps=1,
-    momentum=0.9,
-    gradient_penalty=0.0,
-    weight_decay=0.0,
-)
+NON_SATURATING = (*GAUSSIAN, "--encoder-loss", "non-saturating")
 STARTED = PLAIN._replace(start_dimensions=q2.START_DIMENSIONS)
 NIMBLE = STARTED._replace(momentum=q2.MOMENTUM)
 SMOOTH = NIMBLE._replace(gradient_penalty=q2.GRADIENT_PENALTY)
@@ -80,11 +82,9 @@ STEADY = DECAYED._replace(
 SKIPPED = STEADY._replace(decoder_skips=True)
 DEFAULT = q2.Recipe()
 SHORT_ROWS = {
-    "letter": Row("the assignment to the letter", LETTER),
-    "gaussian": Row("+ Gaussian encoder", GAUSSIAN),
-    "non-saturating": Row(
-        "+ −log D in (c)", (*GAUSSIAN, "--encoder-loss", "non-saturating")
-    ),
+    "letter": Row("the assignment to the letter", LETTER, PLAIN),
+    "gaussian": Row("+ Gaussian encoder", GAUSSIAN, PLAIN),
+    "non-saturating": Row("+ −log D in (c)", NON_SATURATING, PLAIN),
     "one-adam": Row("+ one Adam for the weighted sum", SHORT, PLAIN),
     "start": Row("+ start at principal components", SHORT, STARTED),
     "nimble": Row("+ less momentum", SHORT, NIMBLE),
@@ -265,6 +265,45 @@ def measure(
     }
 
 
+def label_points(axes: plt.Axes, places: Mapping[str, tuple[float, float]]) -> None:
+    """Write its name beside each point of the frontier, but for the further seeds.
+
+    Names in a crowd stand to the left of it, one below the other.
+
+    Args:
+        axes: both logarithmic, the points drawn.
+        places: by name, the decimal logarithms of a point's coordinates.
+    """
+    lowest = math.inf  # height in typographic points of the last name beside a crowd
+    for name, (x, y) in sorted(places.items(), key=lambda item: -item[1][1]):
+        if name in SEEDS[1:]:
+            continue
+        label = {"text": name, "xy": (10**x, 10**y), "fontsize": 8}
+        label["textcoords"] = "offset points"
+        crowded = any(
+            -0.005 < other_x - x < 0.06 and abs(other_y - y) < 0.1
+            for other, (other_x, other_y) in places.items()
+            if other not in (name, *SEEDS[1:])
+        )
+        if not crowded:
+            axes.annotate(**label, xytext=(6, -3))
+            continue
+        leftmost = min(
+            other_x
+            for other_x, other_y in places.values()
+            if abs(other_x - x) < 0.06 and abs(other_y - y) < 0.25
+        )
+        ends = axes.transData.transform([label["xy"], (10**leftmost, 10**y)])
+        (right, height), (left, _) = ends * 72 / axes.figure.dpi
+        lowest = min(height + 36, lowest - 10)
+        axes.annotate(
+            **label,
+            xytext=(left - right - 24, lowest - height - 3),
+            ha="right",
+            arrowprops={"arrowstyle": "-", "lw": 0.4, "relpos": (1, 0.5)},
+        )
+
+
 def draw_frontier(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
     """Draw the Fréchet distance of samples against the test MSE, a point a row."""
     with utils.figure(path, size=(7.5, 4.8)) as (_, axes):
@@ -284,38 +323,7 @@ def draw_frontier(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
             colour = utils.ACCENT if full else utils.INK
             axes.plot(10**x, 10**y, "o" if full else ".", color=colour)
         axes.figure.draw_without_rendering()  # settles where the points are
-        lowest = math.inf  # height in points of the last label to the left of a crowd
-        for name, (x, y) in sorted(places.items(), key=lambda item: -item[1][1]):
-            if name in SEEDS[1:]:
-                continue
-            point = 10**x, 10**y
-            crowded = any(
-                -0.005 < other_x - x < 0.06 and abs(other_y - y) < 0.1
-                for other, (other_x, other_y) in places.items()
-                if other not in (name, *SEEDS[1:])
-            )
-            offset = (6, -3)
-            if crowded:
-                left = min(
-                    other_x
-                    for other_x, other_y in places.values()
-                    if abs(other_x - x) < 0.06 and abs(other_y - y) < 0.25
-                )
-                ends = axes.transData.transform([point, (10**left, 10**y)])
-                (right, height), (left, _) = ends * 72 / axes.figure.dpi
-                lowest = min(height + 36, lowest - 10)
-                offset = (left - right - 24, lowest - height - 3)
-            axes.annotate(
-                name,
-                point,
-                xytext=offset,
-                textcoords="offset points",
-                ha="right" if crowded else "left",
-                fontsize=8,
-                arrowprops={"arrowstyle": "-", "lw": 0.4, "relpos": (1, 0.5)}
-                if crowded
-                else None,
-            )
+        label_points(axes, places)
         for marker, colour, label in (
             ("o", utils.ACCENT, "as long as the default"),
             (".", utils.INK, f"1/{SHORTER} as long"),
