@@ -7,7 +7,7 @@ import math
 import keras
 import numpy as np
 import scipy.linalg
-import scipy.special
+import tensorflow as tf
 from sklearn.decomposition import PCA
 from sklearn.metrics import pairwise_distances_chunked
 from sklearn.metrics.pairwise import euclidean_distances
@@ -181,7 +181,12 @@ def train_digit_classifier(
     x = keras.layers.Dense(64, activation="relu", name="features")(x)
     classifier = keras.Model(inputs, keras.layers.Dense(10)(x))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    classifier.compile("adam", loss, jit_compile=False)  # XLA's convolutions are slow
+    classifier.compile(
+        "adam",
+        loss,
+        jit_compile=False,  # XLA's convolutions are slow
+        steps_per_execution=32,
+    )
     classifier.fit(
         as_unit_floats(images), labels, batch_size=128, epochs=epochs, verbose=0
     )
@@ -234,27 +239,24 @@ def parzen_log_likelihood(
         `parzen_log_likelihood` in nats, mean over test images,
         `parzen_standard_error` of that mean, and `parzen_sigma`, the bandwidth.
     """
+    count, dimensions = samples.shape
 
     def log_likelihoods(images: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
-        count, dimensions = samples.shape
-
         def window(distances: np.ndarray, start: int) -> np.ndarray:
-            squared = np.square(distances, dtype=np.float64)
+            squared = tf.square(tf.cast(distances, tf.float64))
             return np.stack(
                 [
-                    scipy.special.logsumexp(squared / (-2.0 * sigma**2), axis=1)
-                    - math.log(count)
-                    - dimensions * math.log(sigma * math.sqrt(2.0 * math.pi))
+                    tf.reduce_logsumexp(squared * (-0.5 / sigma**2), axis=1)
                     for sigma in sigmas
                 ],
                 axis=1,
             )
 
-        # SciPy's logsumexp holds several copies of a chunk, hence the few MiB.
         chunks = pairwise_distances_chunked(
             images, samples, reduce_func=window, working_memory=16
         )
-        return np.concatenate(list(chunks))
+        scale = np.log(sigmas * math.sqrt(2.0 * math.pi))
+        return np.concatenate(list(chunks)) - math.log(count) - dimensions * scale
 
     on_valid = log_likelihoods(valid_images, PARZEN_SIGMAS).mean(axis=0)
     sigma = PARZEN_SIGMAS[on_valid.argmax()]

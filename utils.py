@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import gc
 import json
 import os
 import platform
@@ -285,6 +286,7 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     for number in SIGNALS:
         signal.signal(number, interrupt)
     script = Path(sys.argv[0]).name
+    gc.freeze()  # a collection need not look through all that was imported
     try:
         main()
     except (DataError, UsageError, OSError) as error:
