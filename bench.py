@@ -275,7 +275,8 @@ def torch_steps() -> dict[str, dict[str, Callable[[int], None]]]:
         discriminator.append(nn.Linear(q2.DISCRIMINATOR_HIDDEN[-1], 1))
         both = [*body.parameters(), *heads.parameters(), *decoder.parameters()]
         betas = (q2.MOMENTUM, 0.999)
-        steps_of_b = 1 + q2.DISCRIMINATOR_STEPS // 2  # in the middle of a run
+        most = q2.DISCRIMINATOR_STEPS
+        steps_of_b = int(q2.steps_of_b(most, done=1, steps=2))  # halfway
         adam = torch.optim.AdamW(
             both, q2.LEARNING_RATE, betas, weight_decay=q2.WEIGHT_DECAY
         )

@@ -364,6 +364,17 @@ def slope_penalty(slopes: tf.Tensor) -> tf.Tensor:
     return 0.5 * tf.reduce_mean(tf.reduce_sum(tf.square(slopes), axis=-1))
 
 
+def steps_of_b(most: int, done: tf.Tensor | int, steps: int) -> tf.Tensor:
+    """Return how many steps (b) takes, int32, when so many training steps are done.
+
+    Args:
+        most: at the end; 1 at first, and one more at a time, evenly.
+        done: training steps, int32.
+        steps: training steps of the whole run.
+    """
+    return tf.minimum(1 + most * done // steps, most)
+
+
 class AdversarialAutoencoder(_Seeded, keras.Model):
     """An encoder, a decoder and a discriminator, trained in three stages a step.
 
@@ -492,9 +503,8 @@ class AdversarialAutoencoder(_Seeded, keras.Model):
 
     def discriminator_steps(self) -> tf.Tensor:
         """Return how many steps (b) takes now, int32, from 1 to the recipe's number."""
-        most = self.recipe.discriminator_steps
         done = tf.cast(self.optimizer.iterations, tf.int32)
-        return tf.minimum(1 + most * done // self.training_steps, most)
+        return steps_of_b(self.recipe.discriminator_steps, done, self.training_steps)
 
     def train_discriminator(self, codes: tf.Tensor) -> tf.Tensor:
         """Take the steps down L_D; return the last's.
@@ -862,7 +872,7 @@ def fresh_discriminator_accuracy(
     pair = keras.Model(sides, [judge(side) for side in sides])
     pair.compile(
         keras.optimizers.Adam(FRESH_LEARNING_RATE),
-        [keras.losses.BinaryCrossentropy(from_logits=True) for _ in range(2)],
+        [keras.losses.BinaryCrossentropy(from_logits=True)] * len(sides),
         jit_compile=True,
         steps_per_execution=utils.steps_per_execution(steps),
     )

@@ -274,12 +274,18 @@ def label_points(axes: plt.Axes, places: Mapping[str, tuple[float, float]]) -> N
         axes: both logarithmic, the points drawn.
         places: by name, the decimal logarithms of a point's coordinates.
     """
+    axes.figure.draw_without_rendering()  # settles where the points are
     lowest = math.inf  # height in typographic points of the last name beside a crowd
     for name, (x, y) in sorted(places.items(), key=lambda item: -item[1][1]):
         if name in SEEDS[1:]:
             continue
-        label = {"text": name, "xy": (10**x, 10**y), "fontsize": 8}
-        label["textcoords"] = "offset points"
+        point = 10**x, 10**y
+        label = {
+            "text": name,
+            "xy": point,
+            "textcoords": "offset points",
+            "fontsize": 8,
+        }
         crowded = any(
             -0.005 < other_x - x < 0.06 and abs(other_y - y) < 0.1
             for other, (other_x, other_y) in places.items()
@@ -293,7 +299,7 @@ def label_points(axes: plt.Axes, places: Mapping[str, tuple[float, float]]) -> N
             for other_x, other_y in places.values()
             if abs(other_x - x) < 0.06 and abs(other_y - y) < 0.25
         )
-        ends = axes.transData.transform([label["xy"], (10**leftmost, 10**y)])
+        ends = axes.transData.transform([point, (10**leftmost, 10**y)])
         (right, height), (left, _) = ends * 72 / axes.figure.dpi
         lowest = min(height + 36, lowest - 10)
         axes.annotate(
@@ -322,7 +328,6 @@ def draw_frontier(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
             full = name in FULL_ROWS
             colour = utils.ACCENT if full else utils.INK
             axes.plot(10**x, 10**y, "o" if full else ".", color=colour)
-        axes.figure.draw_without_rendering()  # settles where the points are
         label_points(axes, places)
         for marker, colour, label in (
             ("o", utils.ACCENT, "as long as the default"),
