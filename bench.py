@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +40,12 @@ SIZE = 4096  # of the matrices whose product is the ceiling
 IMAGES = 8192  # random ones that the steps train on
 TRAINING_IMAGES = 59_000  # of a default run; Keras takes a divisor of its steps
 SECONDS = 3.0  # that a contestant's turn takes, about
+TORCH_KINDS = {
+    "eager": "times PyTorch, eager",
+    "compile": "times torch.compile",
+    "eager_bfloat16": "the same in bfloat16",
+    "compile_bfloat16": "compiled, in bfloat16",
+}
 SCRIPTS = {"q1": "q1_cnn_autoencoder.py", "q2": "q2_aae.py"}
 FLOATS_PER_PRODUCT = 2  # a multiplication and an addition
 
@@ -135,6 +142,7 @@ class Training(NamedTuple):
     steps: int  # that it takes at a time, as Keras does
     images: int  # in a step
     flops: int  # in a step
+    precision: str = "float32"  # of its products
 
 
 def training(
@@ -143,6 +151,7 @@ def training(
     batch_size: int,
     prepare: Callable,
     flops: int,
+    precision: str = "float32",
 ) -> Training:
     """Return what takes the training steps that `RunFolder.fit` takes.
 
@@ -158,7 +167,7 @@ def training(
         for _ in range(times):
             model.train_function(iterator)
 
-    return Training(repeat, steps, batch_size, flops)
+    return Training(repeat, steps, batch_size, flops, precision)
 
 
 def q2_step_flops(model: q2.AdversarialAutoencoder, discriminator_steps: int) -> int:
@@ -180,7 +189,8 @@ def script_steps() -> dict[str, Training]:
     keras.utils.set_random_seed(0)
 
     images = rng.integers(0, 256, (IMAGES, 28, 28, 3), np.uint8)
-    autoencoder = q1.build_autoencoder()
+    precision = q1.default_precision()
+    autoencoder = q1.build_autoencoder(precision=precision)
     epoch = TRAINING_IMAGES // q1.BATCH_SIZE
     q1.compile_autoencoder(autoencoder, q1.LEARNING_RATE, q1.EPOCHS, epoch)
 
@@ -201,7 +211,9 @@ def script_steps() -> dict[str, Training]:
     model.optimizer.iterations.assign(model.training_steps // 2)
     q2_flops = q2_step_flops(model, int(model.discriminator_steps()))
     return {
-        "q1": training(autoencoder, images, q1.BATCH_SIZE, q1.as_pair, q1_flops),
+        "q1": training(
+            autoencoder, images, q1.BATCH_SIZE, q1.as_pair, q1_flops, precision
+        ),
         "q2": training(model, digits, q2.BATCH_SIZE, tf.identity, q2_flops),
     }
 
@@ -209,8 +221,11 @@ def script_steps() -> dict[str, Training]:
 def torch_steps() -> dict[str, dict[str, Callable[[int], None]]]:
     """Build the same networks, losses and optimizers in PyTorch.
 
+    They multiply in float32, PyTorch's default. Where question 1 does in bfloat16, its
+    network in PyTorch is timed under autocast to bfloat16, too.
+
     Returns:
-        By question and by kind, "eager" or "compile", what trains.
+        By question and by kind, one of `TORCH_KINDS`, what trains.
 
     Raises:
         UsageError: PyTorch is not installed.
@@ -232,23 +247,29 @@ def torch_steps() -> dict[str, dict[str, Callable[[int], None]]]:
 
         return repeat
 
-    def q1_model() -> Callable[[torch.Tensor], None]:
-        (narrow, wide), gelu = q1.WIDTHS, nn.GELU
+    def q1_model(precision: str = "float32") -> Callable[[torch.Tensor], None]:
+        (narrow, wide), leaky = q1.WIDTHS, partial(nn.LeakyReLU, 0.2)
         network = nn.Sequential(
-            *(nn.Conv2d(3, narrow, 4, 2, 1), gelu()),
-            *(nn.Conv2d(narrow, wide, 4, 2, 1), gelu()),
-            *(nn.Conv2d(wide, wide, 3, 1, 1), gelu(), nn.Flatten()),
+            *(nn.Conv2d(3, narrow, 4, 2, 1), leaky()),
+            *(nn.Conv2d(narrow, wide, 4, 2, 1), leaky()),
+            *(nn.Conv2d(wide, wide, 3, 1, 1), leaky(), nn.Flatten()),
             nn.Linear(49 * wide, q1.CODE_DIM),
-            *(nn.Linear(q1.CODE_DIM, 49 * wide), gelu(), nn.Unflatten(1, (wide, 7, 7))),
-            *(nn.ConvTranspose2d(wide, wide, 3, 1, 1), gelu()),
-            *(nn.ConvTranspose2d(wide, narrow, 4, 2, 1), gelu()),
+            *(
+                nn.Linear(q1.CODE_DIM, 49 * wide),
+                leaky(),
+                nn.Unflatten(1, (wide, 7, 7)),
+            ),
+            *(nn.ConvTranspose2d(wide, wide, 3, 1, 1), leaky()),
+            *(nn.ConvTranspose2d(wide, narrow, 4, 2, 1), leaky()),
             *(nn.ConvTranspose2d(narrow, 3, 4, 2, 1), nn.Sigmoid()),
         )
         adam = torch.optim.Adam(network.parameters(), q1.LEARNING_RATE)
 
         def step(x: torch.Tensor) -> None:
             adam.zero_grad()
-            functional.mse_loss(network(x), x).backward()
+            with torch.autocast("cpu", torch.bfloat16, precision == "bfloat16"):
+                restored = network(x)
+            functional.mse_loss(restored.float(), x).backward()
             nn.utils.clip_grad_norm_(network.parameters(), q1.CLIP_NORM)
             adam.step()
 
@@ -325,19 +346,23 @@ def torch_steps() -> dict[str, dict[str, Callable[[int], None]]]:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     colour = torch.randint(256, (IMAGES, 3, 28, 28), dtype=torch.uint8)
     digits = torch.randint(256, (IMAGES, q2.PIXELS), dtype=torch.uint8)
-    steps = {}
-    for name, build, images, size in (
-        ("q1", q1_model, colour, q1.BATCH_SIZE),
-        ("q2", q2_model, digits, q2.BATCH_SIZE),
-    ):
-        steps[name] = {"eager": repeated(build(), images, size)}
+    networks = [
+        ("q1", "", q1_model, colour, q1.BATCH_SIZE),
+        ("q2", "", q2_model, digits, q2.BATCH_SIZE),
+    ]
+    if q1.default_precision() == "bfloat16":
+        rounded = partial(q1_model, "bfloat16")
+        networks.append(("q1", "_bfloat16", rounded, colour, q1.BATCH_SIZE))
+    steps = {name: {} for name in SCRIPTS}
+    for name, precision, build, images, size in networks:
+        steps[name][f"eager{precision}"] = repeated(build(), images, size)
         compiled = repeated(torch.compile(build()), images, size)
         try:
             compiled(1)
         except Exception as error:  # its compiler fails in many ways
             print(f"torch.compile of {name}: {error!r:.200}", file=sys.stderr)
         else:
-            steps[name]["compile"] = compiled
+            steps[name][f"compile{precision}"] = compiled
     return steps
 
 
@@ -417,6 +442,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         gflops = script.flops / step_seconds / 1e9
         found[name] = {
             "batch_size": script.images,
+            "precision": script.precision,
             "images_per_second": script.images / step_seconds,
             "gflop_per_step": script.flops / 1e9,
             "gflops": gflops,
@@ -424,7 +450,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "peak_memory_mib": None,
             "stages": None,
         }
-        for kind in ("eager", "compile"):
+        for kind in TORCH_KINDS:
             other = seconds.get(f"{name} {kind}")
             if options.against:
                 ratio = None if other is None else other / step_seconds
@@ -444,12 +470,15 @@ def table(found: Mapping[str, Any]) -> str:
     ]
     labels = {
         "batch_size": ("images in a step", ".0f"),
+        "precision": ("multiplies in", ""),
         "images_per_second": ("images/s", ",.0f"),
         "gflop_per_step": ("GFLOP a step", ".2f"),
         "gflops": ("GFLOP/s", ".0f"),
         "fraction_of_matmul_rate": ("of the float32 rate", ".0%"),
-        "against_torch_eager": ("times PyTorch, eager", ".2f"),
-        "against_torch_compile": ("times torch.compile", ".2f"),
+        **{
+            f"against_torch_{kind}": (label, ".2f")
+            for kind, label in TORCH_KINDS.items()
+        },
         "peak_memory_mib": ("peak memory (MiB)", ",.0f"),
     }
     lines.append(f"{'':24}{'q1':>10}{'q2':>10}")

@@ -458,7 +458,7 @@ class RunFolder:
         self.lock = self._locked()
         fixed = (
             *("data", "epochs", "batch_size", "learning_rate", "code_dim", "seed"),
-            *("quick", "encoder", "encoder_loss", "literal", "recipe"),
+            *("quick", "precision", "encoder", "encoder_loss", "literal", "recipe"),
         )
         settings = {key: vars(options)[key] for key in sorted(fixed) if key in options}
         settings = json.loads(json.dumps(settings))  # compared as the file has them
@@ -727,11 +727,11 @@ def write_metrics(
     Returns:
         What was written.
     """
-    settings = ("epochs", "batch_size", "learning_rate", "quick")
+    settings = ("epochs", "batch_size", "learning_rate", "quick", "precision")
     complete = {
         **metrics,
         "data": describe_source(options.data),
-        "settings": {key: getattr(options, key) for key in settings},
+        "settings": {key: vars(options)[key] for key in settings if key in options},
         "seed": options.seed,
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in PACKAGES},
@@ -785,11 +785,12 @@ def provenance(metrics: Mapping[str, Any]) -> str:
     sources = [data[key] for key in ("digits", "backgrounds") if key in data]
     training, wall = (metrics[f"{kind}_seconds"] / 60 for kind in ("training", "wall"))
     resumed = ", partly before it was resumed" if training > wall else ""
+    precision = f", in {settings['precision']}" if "precision" in settings else ""
     return (
         f"Data: `{data['file']}`, {data['source']}"
         f"{': ' if sources else ''}{'; '.join(sources)}. "
         f"{settings['epochs']} epochs, batch {settings['batch_size']}, learning rate "
-        f"{settings['learning_rate']:g}, seed {metrics['seed']}; "
+        f"{settings['learning_rate']:g}, seed {metrics['seed']}{precision}; "
         f"{training:.1f} minutes of training{resumed}; the command took {wall:.1f} in "
         f"all. {versions}."
     )

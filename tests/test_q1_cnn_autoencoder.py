@@ -28,16 +28,54 @@ def test_images_pass_through_a_code_of_the_asked_size(code_dim):
     assert keras.layers.Conv2DTranspose in kinds
 
 
-def test_fused_gelu_and_its_gradient_are_gelus():
-    x = tf.linspace(-6.0, 6.0, 1001)
+def test_fused_adam_steps_as_keras_adam_does():
+    rng = np.random.default_rng(0)
+    start = rng.standard_normal((40, 30), np.float32)
+    gradients = rng.standard_normal((3, 40, 30), np.float32)
     found = []
-    for gelu in (keras.activations.gelu, q1.fused_gelu):
+    for kind in (keras.optimizers.Adam, q1.FusedAdam):
+        variable = keras.Variable(start)
+        adam = kind(utils.falling_rate(0.01, 2, 2), global_clipnorm=0.5)
+        for gradient in gradients:
+            adam.apply([tf.constant(gradient)], [variable])
+        found.append(variable.numpy())
+    assert np.abs(found[0] - start).max() > 0.005
+    np.testing.assert_allclose(*found, atol=1e-6)
+
+
+def test_bfloat16_rounds_and_does_no_more():
+    found = []
+    images = tf.random.stateless_uniform((8, 28, 28, 3), (0, 0))
+    for precision in q1.POLICIES:
+        keras.utils.set_random_seed(0)
+        autoencoder = q1.build_autoencoder(precision=precision)
         with tf.GradientTape() as tape:
-            tape.watch(x)
-            y = gelu(x)
-        found.append((y, tape.gradient(y, x)))
-    for plain, fused in zip(*found, strict=True):
-        np.testing.assert_allclose(plain, fused, atol=2e-6)
+            restored = autoencoder(images)
+            loss = tf.reduce_mean(tf.square(restored - images))
+        gradients = tape.gradient(loss, autoencoder.trainable_variables)
+        code = autoencoder.get_layer("encoder")(images)
+        kept = [restored, code, *gradients, *autoencoder.trainable_variables]
+        assert {tensor.dtype for tensor in kept} <= {tf.float32, "float32"}
+        found.append((restored, np.concatenate([np.ravel(g) for g in gradients])))
+    (plain, plain_slopes), (rounded, slopes) = found
+    assert 0 < np.abs(rounded - plain).max() < 0.005
+    cosine = slopes @ plain_slopes / np.linalg.norm(slopes)
+    assert cosine > 0.99 * np.linalg.norm(plain_slopes)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("fpu avx512f avx512_bf16 amx_bf16 amx_tile", "bfloat16"),
+        ("fpu avx512f avx512_bf16", "float32"),
+        (None, "float32"),
+    ],
+)
+def test_precision_is_what_the_processor_is_fast_in(tmp_path, flags, expected):
+    path = tmp_path / "cpuinfo"
+    if flags is not None:
+        path.write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
+    assert q1.default_precision(path) == expected
 
 
 def test_training_beats_the_mean_image(tiny_data, tmp_path):
