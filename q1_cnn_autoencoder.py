@@ -88,7 +88,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--sweep",
         action="store_true",
         help="instead: train at code sizes "
-        f"{', '.join(map(str, SWEEP))} and compare with PCA (about 30 minutes)",
+        f"{', '.join(map(str, SWEEP))} and compare with PCA (about 20 minutes)",
     )
     parser.add_argument(
         "--baselines",
