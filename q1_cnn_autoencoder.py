@@ -52,8 +52,8 @@ POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16"}  # by precision
 def default_precision(processor: str | Path = "/proc/cpuinfo") -> str:
     """Return "bfloat16" if the processor multiplies matrices of it, else "float32".
 
-    With AMX a training step takes two thirds of the time in bfloat16, and loses
-    nothing that three seeds would show; with AVX-512's bfloat16 alone it takes longer.
+    With AMX a training step takes three quarters of the time in bfloat16, at a loss
+    that is less than seeds differ by; with AVX-512's bfloat16 alone it takes longer.
 
     Args:
         processor: what Linux tells of the processor.
