@@ -436,16 +436,13 @@ class AdversarialAutoencoder(_Seeded, keras.Model):
             discriminator_rate = utils.falling_rate(discriminator_rate, epochs, steps)
         rate = utils.falling_rate(learning_rate, epochs, steps)
         super().compile(
-            keras.optimizers.AdamW(
-                rate,
-                recipe.weight_decay,
-                recipe.momentum,
-                global_clipnorm=CLIP_NORM,
+            utils.FusedAdam(
+                rate, recipe.momentum, decay=recipe.weight_decay, clip=CLIP_NORM
             ),
             jit_compile=True,  # XLA, which Keras does not choose by itself here
             steps_per_execution=utils.steps_per_execution(steps),
         )
-        self.discriminator_optimizer = keras.optimizers.Adam(
+        self.discriminator_optimizer = utils.FusedAdam(
             discriminator_rate, recipe.momentum
         )
         self.optimizer.build(self.autoencoder_variables)
@@ -593,12 +590,12 @@ class LiteralAdversarialAutoencoder(AdversarialAutoencoder):
         """
         keras.Model.compile(
             self,
-            keras.optimizers.Adam(learning_rate),
+            utils.FusedAdam(learning_rate),
             jit_compile=True,
             steps_per_execution=utils.steps_per_execution(steps),
         )
-        self.discriminator_optimizer = keras.optimizers.Adam(adversarial_learning_rate)
-        self.encoder_optimizer = keras.optimizers.Adam(adversarial_learning_rate)
+        self.discriminator_optimizer = utils.FusedAdam(adversarial_learning_rate)
+        self.encoder_optimizer = utils.FusedAdam(adversarial_learning_rate)
         self.optimizer.build(self.autoencoder_variables)
         self.discriminator_optimizer.build(self.discriminator.trainable_variables)
         self.encoder_optimizer.build(self.encoder.trainable_variables)
@@ -871,7 +868,7 @@ def fresh_discriminator_accuracy(
     sides = [keras.Input(judge.input_shape[1:]) for _ in range(2)]
     pair = keras.Model(sides, [judge(side) for side in sides])
     pair.compile(
-        keras.optimizers.Adam(FRESH_LEARNING_RATE),
+        utils.FusedAdam(FRESH_LEARNING_RATE),
         [keras.losses.BinaryCrossentropy(from_logits=True)] * len(sides),
         jit_compile=True,
         steps_per_execution=utils.steps_per_execution(steps),

@@ -162,7 +162,7 @@ class VariationalAutoencoder(keras.Model):
         """Give it an Adam, its rate as the default run's; see `utils.falling_rate`."""
         rate = utils.falling_rate(learning_rate, epochs, steps)
         super().compile(
-            keras.optimizers.Adam(rate),
+            utils.FusedAdam(rate),
             jit_compile=True,
             steps_per_execution=utils.steps_per_execution(steps),
         )

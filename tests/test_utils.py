@@ -17,6 +17,7 @@ import utils
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -116,6 +117,26 @@ def test_epochs_have_orders_of_their_own_that_resuming_repeats():
     assert len({tuple(order) for order in whole}) == 4
     np.testing.assert_array_equal(whole[2:], epoch_orders(2, 2))
     assert not np.array_equal(whole, epoch_orders(0, 4, seed=4))
+
+
+def test_fused_adam_steps_as_keras_adam_with_decoupled_decay_does():
+    rng = np.random.default_rng(0)
+    start = [rng.standard_normal(shape, np.float32) for shape in ((40, 30), (30,))]
+    gradients = rng.standard_normal((3, 40, 30), np.float32)
+    found = []
+    for kind, choices in (
+        (keras.optimizers.AdamW, {"weight_decay": 5.0, "global_clipnorm": 0.5}),
+        (utils.FusedAdam, {"decay": 5.0, "clip": 0.5}),
+        (utils.FusedAdam, {}),
+    ):
+        variables = [keras.Variable(values) for values in start]
+        adam = kind(utils.falling_rate(0.01, 2, 2), beta_1=0.5, **choices)
+        for gradient in gradients:
+            adam.apply([tf.constant(gradient), tf.constant(gradient[0])], variables)
+        found.append([variable.numpy() for variable in variables])
+    for expected, decayed, plain in zip(*found, strict=True):
+        np.testing.assert_allclose(decayed, expected, atol=1e-6)
+        assert np.abs(decayed - plain).max() > 0.01
 
 
 @pytest.mark.parametrize(("steps", "most"), [(460, 23), (461, 1), (32, 32), (1, 1)])
