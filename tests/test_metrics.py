@@ -39,6 +39,17 @@ def test_knn_accuracy_counts_right_majorities():
     assert found == pytest.approx(2 / 3)
 
 
+def test_knn_accuracy_looks_up_the_same_few_every_time(monkeypatch):
+    monkeypatch.setattr(metrics, "LOOKED_UP", 40)
+    train, labels = np.arange(3, dtype=np.float32)[:, np.newaxis], np.arange(3)
+    test = RNG.permutation(np.repeat(train, 100, axis=0))
+    wrong = np.where(RNG.random(300) < 0.5, test[:, 0], 0).astype(int)
+    found = [metrics.knn_accuracy(train, labels, test, wrong, 1) for _ in range(2)]
+    assert found[0] == found[1]
+    assert (40 * found[0]) % 1 == pytest.approx(0, abs=1e-6)
+    assert 0 < found[0] < 1
+
+
 def test_prior_match_accepts_draws_from_the_prior():
     match = metrics.prior_match(RNG.standard_normal((5000, 20)), RNG)
     assert abs(match["mmd"]) < 1e-4
