@@ -28,19 +28,35 @@ def test_images_pass_through_a_code_of_the_asked_size(code_dim):
     assert keras.layers.Conv2DTranspose in kinds
 
 
-def test_fused_adam_steps_as_keras_adam_does():
-    rng = np.random.default_rng(0)
-    start = rng.standard_normal((40, 30), np.float32)
-    gradients = rng.standard_normal((3, 40, 30), np.float32)
+def test_leaky_rectifier_is_keras_own_and_so_is_its_gradient():
+    x = tf.random.stateless_normal((50, 7), (0, 0))
     found = []
-    for kind in (keras.optimizers.Adam, q1.FusedAdam):
-        variable = keras.Variable(start)
-        adam = kind(utils.falling_rate(0.01, 2, 2), global_clipnorm=0.5)
-        for gradient in gradients:
-            adam.apply([tf.constant(gradient)], [variable])
-        found.append(variable.numpy())
-    assert np.abs(found[0] - start).max() > 0.005
-    np.testing.assert_allclose(*found, atol=1e-6)
+    for rectify in (q1.leaky_rectifier, keras.layers.LeakyReLU(q1.SLOPE)):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = rectify(x)
+            total = tf.reduce_sum(tf.sin(y))
+        found.append((y, tape.gradient(total, x)))
+    np.testing.assert_allclose(*found, rtol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 128])
+def test_halves_side_by_side_are_the_whole(count):
+    autoencoder = q1.build_autoencoder(16)
+    halves = q1.SideBySide(autoencoder)
+    images = tf.random.stateless_uniform((count, 28, 28, 3), (0, 0))
+    found = []
+    for model in (halves, autoencoder):
+        with tf.GradientTape() as tape:
+            restored = model(images, training=True)
+            loss = keras.losses.MeanSquaredError()(images, restored)
+        slopes = tape.gradient(loss, autoencoder.trainable_variables)
+        found.append([restored, *slopes])
+        np.testing.assert_allclose(
+            tf.reduce_mean(q1.squared_error(images, restored)), loss, rtol=1e-5
+        )
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
 
 
 def test_bfloat16_rounds_and_does_no_more():
@@ -78,7 +94,7 @@ def test_precision_is_what_the_processor_is_fast_in(tmp_path, flags, expected):
     assert q1.default_precision(path) == expected
 
 
-def test_training_beats_the_mean_image(tiny_data, tmp_path):
+def test_training_beats_the_mean_image(tiny_data, tmp_path, monkeypatch):
     train, valid, test = load_mnist_m(tiny_data / "MNIST_M.npy")
     options = q1.parse_options(
         ["--data", str(tiny_data / "MNIST_M.npy"), "--epochs", "12"]
@@ -88,11 +104,15 @@ def test_training_beats_the_mean_image(tiny_data, tmp_path):
     keras.utils.set_random_seed(0)
     autoencoder = q1.build_autoencoder(16)
     folder = utils.RunFolder(options)
+    trained, compiled = [], q1.compile_autoencoder
+    monkeypatch.setattr(
+        q1, "compile_autoencoder", lambda *a: trained.append(compiled(*a)) or trained[0]
+    )
     history = q1.train(autoencoder, train.images, valid.images, options, folder)
     # Several steps at a time end where an epoch ends.
-    assert autoencoder.steps_per_execution > 1
+    assert trained[0].steps_per_execution > 1
     steps = 12 * utils.steps_per_epoch(train.images, 30)
-    assert int(autoencoder.optimizer.iterations.numpy()) == steps
+    assert int(trained[0].optimizer.iterations.numpy()) == steps
     found = q1.squared_errors(autoencoder, test.images)
     masks = test.images[..., 0] > 128
     metrics = q1.evaluate(autoencoder, train, test, found, masks)
