@@ -5,10 +5,11 @@
     python bench.py --against torch   # the same networks in PyTorch, taken in turn
     python bench.py --json            # the same as JSON
 
-The ceiling is the rate of one large matrix product, measured in the same run. It is
-what the arithmetic of a step is set against; `count_flops` says what is counted. Speeds
-are medians over rounds in which all contestants take their turn, for a machine's speed
-drifts.
+The ceiling is the rate of large matrix products, measured in the same run. It is what
+the arithmetic of a step is set against; `count_flops` says what is counted. Speeds are
+medians over rounds in which all contestants take their turn, for a machine's speed
+drifts. Each question has a process of its own, for it shares out the cores as its
+script does.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from sklearn.decomposition import PCA
 import q1_cnn_autoencoder as q1
 import q2_aae as q2
 
-SIZE = 4096  # of the matrices whose product is the ceiling
+SIZE = 4096  # of the matrices whose products are the ceiling
 IMAGES = 8192  # random ones that the steps train on
 TRAINING_IMAGES = 59_000  # of a default run; Keras takes a divisor of its steps
 SECONDS = 3.0  # that a contestant's turn takes, about
@@ -66,13 +67,21 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="leave out the whole runs (six minutes): no stages, no peak memory",
     )
     add(
+        "--question",
+        choices=tuple(SCRIPTS),
+        action="append",
+        help="measure this one alone (default: one after the other)",
+    )
+    add(
         "--rounds",
         type=utils.positive_int,
         default=5,
         metavar="N",
         help="turns of each contestant (default: %(default)s)",
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.question = options.question or list(SCRIPTS)
+    return options
 
 
 # Arithmetic ------------------------------------------------------------------------
@@ -94,7 +103,8 @@ def count_flops(step: Callable, *signature: tf.TensorSpec) -> int:
     """
     graph = tf.function(step).get_concrete_function(*signature).graph
     needed = [tensor.op for tensor in graph.outputs]
-    needed += [op for op in graph.get_operations() if op.type.startswith("Assign")]
+    changes = ("Assign", "ResourceApply")  # of variables
+    needed += [op for op in graph.get_operations() if op.type.startswith(changes)]
     seen = set()
     while needed:
         operation = needed.pop()
@@ -123,14 +133,15 @@ def count_flops(step: Callable, *signature: tf.TensorSpec) -> int:
 # Each is a function that trains, or multiplies, a number of times.
 
 
-def matrix_product(dtype: str) -> Callable[[int], None]:
-    """Return the ceiling: the product of two SIZE x SIZE matrices."""
-    a = tf.cast(tf.random.normal((SIZE, SIZE)), dtype)
-    product = tf.function(lambda: tf.linalg.matmul(a, a))
+def matrix_products(dtype: str) -> Callable[[int], None]:
+    """Return the ceiling: two products of two SIZE x SIZE matrices, side by side."""
+    a, b = (tf.cast(tf.random.normal((SIZE, SIZE)), dtype) for _ in range(2))
+    products = tf.function(lambda: (a @ b, b @ a))
 
     def repeat(times: int) -> None:
         for _ in range(times):
-            product().numpy()
+            for product in products():
+                product.numpy()
 
     return repeat
 
@@ -183,49 +194,46 @@ def q2_step_flops(model: q2.AdversarialAutoencoder, discriminator_steps: int) ->
     ) * count_flops(further, signature)
 
 
-def script_steps() -> dict[str, Training]:
-    """Build both scripts' training steps at their default settings, by question."""
-    rng = np.random.default_rng(0)
-    keras.utils.set_random_seed(0)
-
-    images = rng.integers(0, 256, (IMAGES, 28, 28, 3), np.uint8)
+def q1_step() -> Training:
+    """Build question 1's training step at its default settings."""
+    images = np.random.default_rng(0).integers(0, 256, (IMAGES, 28, 28, 3), np.uint8)
     precision = q1.default_precision()
     autoencoder = q1.build_autoencoder(precision=precision)
-    epoch = TRAINING_IMAGES // q1.BATCH_SIZE
-    q1.compile_autoencoder(autoencoder, q1.LEARNING_RATE, q1.EPOCHS, epoch)
 
-    def q1_step(batch: tf.Tensor) -> list[tf.Tensor]:
+    def step(batch: tf.Tensor) -> list[tf.Tensor]:
         x = utils.unit_floats(batch)
         with tf.GradientTape() as tape:
             loss = tf.reduce_mean(tf.square(x - autoencoder(x, training=True)))
         return tape.gradient(loss, autoencoder.trainable_variables)
 
-    first = tf.TensorSpec((q1.BATCH_SIZE, 28, 28, 3), tf.uint8)
-    q1_flops = count_flops(q1_step, first)
+    signature = tf.TensorSpec((q1.BATCH_SIZE, 28, 28, 3), tf.uint8)
+    flops = count_flops(step, signature)
+    epoch = TRAINING_IMAGES // q1.BATCH_SIZE
+    model = q1.compile_autoencoder(autoencoder, q1.LEARNING_RATE, q1.EPOCHS, epoch)
+    return training(model, images, q1.BATCH_SIZE, q1.as_pair, flops, precision)
 
-    digits = rng.integers(0, 256, (TRAINING_IMAGES, q2.PIXELS), np.uint8)
+
+def q2_step() -> Training:
+    """Build question 2's training step at its default settings."""
+    shape = TRAINING_IMAGES, q2.PIXELS
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     options = q2.parse_options(["--data", "unread"])
-    pca = PCA(q2.CODE_DIM).fit(digits[:IMAGES] / 255.0)
-    model = q2.build_model(options, pca, digits)
+    pca = PCA(q2.CODE_DIM).fit(images[:IMAGES] / 255.0)
+    model = q2.build_model(options, pca, images)
     # In the middle of a run (b) takes about as many steps as on average.
     model.optimizer.iterations.assign(model.training_steps // 2)
-    q2_flops = q2_step_flops(model, int(model.discriminator_steps()))
-    return {
-        "q1": training(
-            autoencoder, images, q1.BATCH_SIZE, q1.as_pair, q1_flops, precision
-        ),
-        "q2": training(model, digits, q2.BATCH_SIZE, tf.identity, q2_flops),
-    }
+    flops = q2_step_flops(model, int(model.discriminator_steps()))
+    return training(model, images, q2.BATCH_SIZE, tf.identity, flops)
 
 
-def torch_steps() -> dict[str, dict[str, Callable[[int], None]]]:
-    """Build the same networks, losses and optimizers in PyTorch.
+def torch_steps(question: str) -> dict[str, Callable[[int], None]]:
+    """Build a question's networks, losses and optimizers in PyTorch.
 
     They multiply in float32, PyTorch's default. Where question 1 does in bfloat16, its
     network in PyTorch is timed under autocast to bfloat16, too.
 
     Returns:
-        By question and by kind, one of `TORCH_KINDS`, what trains.
+        By kind, one of `TORCH_KINDS`, what trains.
 
     Raises:
         UsageError: PyTorch is not installed.
@@ -284,6 +292,8 @@ def torch_steps() -> dict[str, dict[str, Callable[[int], None]]]:
         pairs = zip(widths, hidden, strict=False)
         layers = (layer for a, b in pairs for layer in (nn.Linear(a, b), nn.GELU()))
         return nn.Sequential(*layers)
+
+    digits = torch.randint(256, (IMAGES, q2.PIXELS), dtype=torch.uint8)
 
     def q2_model() -> Callable[[torch.Tensor], None]:
         body = perceptron(q2.PIXELS, q2.HIDDEN)
@@ -344,25 +354,24 @@ def torch_steps() -> dict[str, dict[str, Callable[[int], None]]]:
         return step
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    colour = torch.randint(256, (IMAGES, 3, 28, 28), dtype=torch.uint8)
-    digits = torch.randint(256, (IMAGES, q2.PIXELS), dtype=torch.uint8)
-    networks = [
-        ("q1", "", q1_model, colour, q1.BATCH_SIZE),
-        ("q2", "", q2_model, digits, q2.BATCH_SIZE),
-    ]
-    if q1.default_precision() == "bfloat16":
-        rounded = partial(q1_model, "bfloat16")
-        networks.append(("q1", "_bfloat16", rounded, colour, q1.BATCH_SIZE))
-    steps = {name: {} for name in SCRIPTS}
-    for name, precision, build, images, size in networks:
-        steps[name][f"eager{precision}"] = repeated(build(), images, size)
+    if question == "q1":
+        images = torch.randint(256, (IMAGES, 3, 28, 28), dtype=torch.uint8)
+        networks, size = {"": q1_model}, q1.BATCH_SIZE
+        if q1.default_precision() == "bfloat16":
+            networks["_bfloat16"] = partial(q1_model, "bfloat16")
+    else:
+        images = digits
+        networks, size = {"": q2_model}, q2.BATCH_SIZE
+    steps = {}
+    for precision, build in networks.items():
+        steps[f"eager{precision}"] = repeated(build(), images, size)
         compiled = repeated(torch.compile(build()), images, size)
         try:
             compiled(1)
         except Exception as error:  # its compiler fails in many ways
-            print(f"torch.compile of {name}: {error!r:.200}", file=sys.stderr)
+            print(f"torch.compile of {question}: {error!r:.200}", file=sys.stderr)
         else:
-            steps[name][f"compile{precision}"] = compiled
+            steps[f"compile{precision}"] = compiled
     return steps
 
 
@@ -422,85 +431,103 @@ def whole_run(question: str) -> dict[str, Any]:
     return {"stages": stages, "peak_memory_mib": metrics["peak_memory_mib"]}
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure what the command line asks for."""
-    steps = script_steps()
-    contestants = {kind: matrix_product(kind) for kind in ("float32", "bfloat16")}
-    contestants |= {name: script.repeat for name, script in steps.items()}
-    if options.against:
-        for name, kinds in torch_steps().items():
-            contestants |= {f"{name} {kind}": step for kind, step in kinds.items()}
-    seconds = take_turns(contestants, options.rounds)
+def measure(question: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure what the command line asks for, of one question."""
+    script = {"q1": q1_step, "q2": q2_step}[question]()
+    contestants = {kind: matrix_products(kind) for kind in ("float32", "bfloat16")}
+    contestants["ours"] = script.repeat
+    others = torch_steps(question) if options.against else {}
+    seconds = take_turns(contestants | others, options.rounds)
 
     rates = {
-        kind: FLOATS_PER_PRODUCT * SIZE**3 / seconds[kind] / 1e9
+        kind: 2 * FLOATS_PER_PRODUCT * SIZE**3 / seconds[kind] / 1e9
         for kind in ("float32", "bfloat16")
     }
-    found = {"matmul_gflops": rates}
-    for name, script in steps.items():
-        step_seconds = seconds[name] / script.steps
-        gflops = script.flops / step_seconds / 1e9
-        found[name] = {
-            "batch_size": script.images,
-            "precision": script.precision,
-            "images_per_second": script.images / step_seconds,
-            "gflop_per_step": script.flops / 1e9,
-            "gflops": gflops,
-            "fraction_of_matmul_rate": gflops / rates["float32"],
-            "peak_memory_mib": None,
-            "stages": None,
-        }
-        for kind in TORCH_KINDS:
-            other = seconds.get(f"{name} {kind}")
-            if options.against:
-                ratio = None if other is None else other / step_seconds
-                found[name][f"against_torch_{kind}"] = ratio
-        if not options.steps_only:
-            found[name] |= whole_run(name)
+    step_seconds = seconds["ours"] / script.steps
+    gflops = script.flops / step_seconds / 1e9
+    found = {
+        "matmul_gflops": rates["float32"],
+        "bfloat16_matmul_gflops": rates["bfloat16"],
+        "batch_size": script.images,
+        "precision": script.precision,
+        "images_per_second": script.images / step_seconds,
+        "gflop_per_step": script.flops / 1e9,
+        "gflops": gflops,
+        "fraction_of_matmul_rate": gflops / rates["float32"],
+        "peak_memory_mib": None,
+        "stages": None,
+    }
+    for kind in TORCH_KINDS if options.against else ():
+        other = seconds.get(kind)
+        found[f"against_torch_{kind}"] = None if other is None else other / step_seconds
+    if not options.steps_only:
+        found |= whole_run(question)
     return found
 
 
-def table(found: Mapping[str, Any]) -> str:
-    """Return what was measured as plain text."""
-    rates = found["matmul_gflops"]
-    lines = [
-        f"Product of two {SIZE} x {SIZE} matrices: {rates['float32']:.0f} GFLOP/s in "
-        f"float32, {rates['bfloat16']:.0f} in bfloat16.",
-        "",
-    ]
+def measure_apart(question: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """Measure one question in a process of its own.
+
+    Args:
+        question: which one.
+        arguments: of this command.
+
+    Raises:
+        UsageError: that process failed.
+    """
+    command = [sys.executable, __file__, *arguments, "--json", "--question", question]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise utils.UsageError(f"{question} could not be measured")
+    return json.loads(done.stdout)[question]
+
+
+def table(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return what was measured, by question, as plain text."""
     labels = {
+        "matmul_gflops": (f"{SIZE} x {SIZE} products, GFLOP/s", ".0f"),
+        "bfloat16_matmul_gflops": ("the same in bfloat16", ".0f"),
         "batch_size": ("images in a step", ".0f"),
         "precision": ("multiplies in", ""),
         "images_per_second": ("images/s", ",.0f"),
         "gflop_per_step": ("GFLOP a step", ".2f"),
         "gflops": ("GFLOP/s", ".0f"),
-        "fraction_of_matmul_rate": ("of the float32 rate", ".0%"),
+        "fraction_of_matmul_rate": ("of the float32 products'", ".0%"),
         **{
             f"against_torch_{kind}": (label, ".2f")
             for kind, label in TORCH_KINDS.items()
         },
         "peak_memory_mib": ("peak memory (MiB)", ",.0f"),
     }
-    lines.append(f"{'':24}{'q1':>10}{'q2':>10}")
+
+    def line(label: str, values: Sequence[Any], form: str) -> str:
+        texts = ["-" if value is None else f"{value:{form}}" for value in values]
+        return f"{label:32}" + "".join(f"{text:>10}" for text in texts)
+
+    lines = [line("", list(found), "")]
     for key, (label, form) in labels.items():
-        values = [found[name].get(key) for name in SCRIPTS]
+        values = [each.get(key) for each in found.values()]
         if any(value is not None for value in values):
-            texts = ["-" if value is None else f"{value:{form}}" for value in values]
-            lines.append(f"{label:24}{texts[0]:>10}{texts[1]:>10}")
-    if found["q1"]["stages"]:
+            lines.append(line(label, values, form))
+    stages = [each["stages"] for each in found.values() if each["stages"]]
+    if stages:
         lines += ["", "Seconds of a whole run of one epoch:"]
-        stages = dict.fromkeys(k for name in SCRIPTS for k in found[name]["stages"])
-        for stage in stages:
-            values = [found[name]["stages"].get(stage) for name in SCRIPTS]
-            texts = ["-" if value is None else f"{value:.1f}" for value in values]
-            lines.append(f"{stage:24}{texts[0]:>10}{texts[1]:>10}")
+        for stage in dict.fromkeys(name for each in stages for name in each):
+            values = [each.get(stage) for each in stages]
+            lines.append(line(stage, values, ".1f"))
     return "\n".join(lines)
 
 
 def main() -> None:
     """Measure and print."""
     options = parse_options()
-    found = measure(options)
+    if len(options.question) == 1:
+        (question,) = options.question
+        if question == "q1":
+            q1.share_cores()
+        found = {question: measure(question, options)}
+    else:
+        found = {name: measure_apart(name, sys.argv[1:]) for name in options.question}
     print(json.dumps(found, indent=2) if options.json else table(found))
 
 

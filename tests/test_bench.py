@@ -99,12 +99,19 @@ def test_what_is_measured_is_told_for_both_questions(monkeypatch):
     monkeypatch.setattr(bench, "IMAGES", 512)
     monkeypatch.setattr(bench, "TRAINING_IMAGES", 512)
     options = bench.parse_options(["--steps-only", "--rounds", "1"])
-    found = bench.measure(options)
-    for name in ("q1", "q2"):
-        speed = found[name]["images_per_second"]
+    found = {name: bench.measure(name, options) for name in options.question}
+    assert list(found) == ["q1", "q2"]
+    for each in found.values():
+        speed = each["images_per_second"]
         assert speed > 0
-        arithmetic = found[name]["gflop_per_step"] / found[name]["batch_size"]
-        assert found[name]["gflops"] == pytest.approx(arithmetic * speed)
-        ratio = found[name]["gflops"] / found["matmul_gflops"]["float32"]
-        assert found[name]["fraction_of_matmul_rate"] == pytest.approx(ratio)
+        arithmetic = each["gflop_per_step"] / each["batch_size"]
+        assert each["gflops"] == pytest.approx(arithmetic * speed)
+        ratio = each["gflops"] / each["matmul_gflops"]
+        assert each["fraction_of_matmul_rate"] == pytest.approx(ratio)
     assert f"{found['q2']['images_per_second']:,.0f}" in bench.table(found)
+    assert f"{found['q2']['gflop_per_step']:.2f}" in bench.table({"q2": found["q2"]})
+
+
+def test_a_question_that_cannot_be_measured_is_told():
+    with pytest.raises(utils.UsageError, match="q1 could not be measured"):
+        bench.measure_apart("q1", ["--rounds", "none"])
