@@ -375,7 +375,37 @@ def steps_of_b(most: int, done: tf.Tensor | int, steps: int) -> tf.Tensor:
     return tf.minimum(1 + most * done // steps, most)
 
 
-class AdversarialAutoencoder(_Seeded, keras.Model):
+class OneLaunch(keras.Model):
+    """A model whose `steps_per_execution` training steps are one program of XLA's.
+
+    Keras launches a program a step, which takes a millisecond or two: all variables are
+    handed in and out.
+    """
+
+    def make_train_function(self, force: bool = False) -> None:
+        """Make what `fit` calls, as `keras.Model` does."""
+        if self.train_function is not None and not force:
+            return
+        steps = self.steps_per_execution
+
+        @tf.function(autograph=False, jit_compile=True)
+        def take(batches: Any) -> dict[str, tf.Tensor]:
+            def one(number: tf.Tensor) -> tf.Tensor:
+                self.train_step(tf.nest.map_structure(lambda x: x[number], batches))
+                return number + 1
+
+            tf.while_loop(lambda number: number < steps, one, [0])
+            return self.get_metrics_result()
+
+        @tf.function(autograph=False)
+        def train_function(iterator: Any) -> dict[str, tf.Tensor]:
+            batches = [next(iterator) for _ in range(steps)]
+            return take(tf.nest.map_structure(lambda *x: tf.stack(x), *batches))
+
+        self.train_function = train_function
+
+
+class AdversarialAutoencoder(_Seeded, OneLaunch):
     """An encoder, a decoder and a discriminator, trained in three stages a step.
 
     Stages (a) and (c) pull the encoder in two directions. One Adam for their weighted
@@ -844,6 +874,25 @@ def posterior(encoder: keras.Model, images: np.ndarray) -> tuple[np.ndarray, ...
     return mean, np.exp(found["log_variance"] / 2)
 
 
+class Pair(OneLaunch):
+    """A discriminator that takes draws and codes apart, which XLA does side by side.
+
+    Args:
+        discriminator: as `build_discriminator` returns it.
+    """
+
+    def __init__(self, discriminator: keras.Model) -> None:
+        super().__init__()
+        self.discriminator = discriminator
+        self.built = True
+
+    def call(
+        self, sides: tuple[tf.Tensor, tf.Tensor], training: bool = False
+    ) -> list[tf.Tensor]:
+        """Return the logits of draws and of codes, (N, 1) each."""
+        return [self.discriminator(side, training=training) for side in sides]
+
+
 def fresh_discriminator_accuracy(
     means: np.ndarray, deviations: np.ndarray, test_codes: np.ndarray, steps: int
 ) -> float:
@@ -864,12 +913,10 @@ def fresh_discriminator_accuracy(
     """
     keras.utils.set_random_seed(0)
     judge = build_discriminator(test_codes.shape[1])
-    # Draws and codes apart, so that XLA takes them side by side.
-    sides = [keras.Input(judge.input_shape[1:]) for _ in range(2)]
-    pair = keras.Model(sides, [judge(side) for side in sides])
+    pair = Pair(judge)
     pair.compile(
         utils.FusedAdam(FRESH_LEARNING_RATE),
-        [keras.losses.BinaryCrossentropy(from_logits=True)] * len(sides),
+        [keras.losses.BinaryCrossentropy(from_logits=True)] * 2,
         jit_compile=True,
         steps_per_execution=utils.steps_per_execution(steps),
     )

@@ -141,7 +141,7 @@ def parse_options(
     return rows, others
 
 
-class VariationalAutoencoder(keras.Model):
+class VariationalAutoencoder(q2.OneLaunch):
     """Kingma & Welling 2014 (arXiv:1312.6114), with a Bernoulli likelihood.
 
     Args:

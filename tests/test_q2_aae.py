@@ -132,6 +132,32 @@ def test_compiled_step_computes_what_the_plain_step_computes(build_model):
         np.testing.assert_allclose(plain, fast, rtol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "build_model",
+    [lambda: build("deterministic", discriminator_steps=2), build_literal],
+)
+def test_steps_in_one_launch_are_steps_one_by_one(build_model):
+    prior = tf.constant(RNG.normal(size=(64, 8)).astype(np.float32))
+    batches = np.split(IMAGES[:256], 4)
+    found = []
+    for steps in (1, 4):
+        model = build_model()
+        model.training_steps = 4
+        model.draw_prior = lambda _: prior
+        model.draw_images = lambda count: tf.constant(IMAGES[-count:])
+        model.steps_per_execution = steps
+        model.make_train_function()
+        iterator = iter(tf.data.Dataset.from_tensor_slices(np.stack(batches)))
+        for _ in range(4 // steps):
+            losses = model.train_function(iterator)
+        assert int(model.optimizer.iterations) == 4
+        found.append(
+            [*losses.values(), *(np.abs(v).sum() for v in model.get_weights())]
+        )
+    assert list(losses) == list(model.trackers)
+    np.testing.assert_allclose(*found, rtol=1e-3)
+
+
 def test_stages_learn_what_they_minimise():
     images = tf.constant(IMAGES[:64])
     x = utils.unit_floats(images)
