@@ -209,10 +209,10 @@ def as_pair(images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     return scaled, scaled
 
 
-def squared_error(images: tf.Tensor, restored: tf.Tensor) -> tf.Tensor:
-    """Return the mean squared error of each image, (N,), over pixels and channels.
+def least_squares(images: tf.Tensor, restored: tf.Tensor) -> tf.Tensor:
+    """Return each image's mean squared error over pixels and channels, (N,).
 
-    Keras's "mse" leaves a number a pixel, which takes longer to average.
+    Keras's "mse" has a number a pixel, and takes longer to average them.
     """
     return tf.reduce_mean(tf.square(images - restored), axis=(1, 2, 3))
 
@@ -271,7 +271,7 @@ def compile_autoencoder(
     model = SideBySide(autoencoder)
     model.compile(
         utils.FusedAdam(rate, clip=CLIP_NORM),
-        squared_error,
+        least_squares,
         jit_compile=False,  # XLA's convolutions are slow
         steps_per_execution=utils.steps_per_execution(steps),
     )

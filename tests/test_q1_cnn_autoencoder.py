@@ -53,7 +53,7 @@ def test_halves_side_by_side_are_the_whole(count):
         slopes = tape.gradient(loss, autoencoder.trainable_variables)
         found.append([restored, *slopes])
         np.testing.assert_allclose(
-            tf.reduce_mean(q1.squared_error(images, restored)), loss, rtol=1e-5
+            tf.reduce_mean(q1.least_squares(images, restored)), loss, rtol=1e-5
         )
     for a, b in zip(*found, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
