@@ -110,51 +110,53 @@ def test_each_stage_trains_its_own_networks(rates, moving):
         assert moved == (name in moving), name
 
 
-@pytest.mark.parametrize(
-    "build_model",
-    [lambda: build("deterministic", discriminator_steps=2), build_literal],
+@pytest.fixture(
+    params=[lambda: build("deterministic", discriminator_steps=2), build_literal]
 )
-def test_compiled_step_computes_what_the_plain_step_computes(build_model):
+def build_without_chance(request):
     prior = tf.constant(RNG.normal(size=(64, 8)).astype(np.float32))
-    batches = np.split(IMAGES[:256], 4)
-    seen = {}
-    for compiled in (False, True):
-        model = build_model()
-        assert model.jit_compile
+
+    def build_one():
+        model = request.param()
         model.training_steps = 4  # so that (b) comes to its second step
         model.draw_prior = lambda _: prior  # XLA has random numbers of its own
         model.draw_images = lambda count: tf.constant(IMAGES[-count:])
+        return model
+
+    return build_one
+
+
+def sums(model):
+    return [np.abs(values).sum() for values in model.get_weights()]
+
+
+def test_compiled_step_computes_what_the_plain_step_computes(build_without_chance):
+    batches = np.split(IMAGES[:256], 4)
+    seen = {}
+    for compiled in (False, True):
+        model = build_without_chance()
+        assert model.jit_compile
         step = tf.function(model.train_step, jit_compile=compiled)
         losses = [step(tf.constant(batch)) for batch in batches]
         seen[compiled] = [list(each.values()) for each in losses]
-        seen[compiled].append([np.abs(v).sum() for v in model.get_weights()])
+        seen[compiled].append(sums(model))
     for plain, fast in zip(seen[False], seen[True], strict=True):
         np.testing.assert_allclose(plain, fast, rtol=1e-3)
 
 
-@pytest.mark.parametrize(
-    "build_model",
-    [lambda: build("deterministic", discriminator_steps=2), build_literal],
-)
-def test_steps_in_one_launch_are_steps_one_by_one(build_model):
-    prior = tf.constant(RNG.normal(size=(64, 8)).astype(np.float32))
-    batches = np.split(IMAGES[:256], 4)
+def test_steps_in_one_launch_are_steps_one_by_one(build_without_chance):
+    batches = tf.data.Dataset.from_tensor_slices(np.stack(np.split(IMAGES[:256], 4)))
     found = []
     for steps in (1, 4):
-        model = build_model()
-        model.training_steps = 4
-        model.draw_prior = lambda _: prior
-        model.draw_images = lambda count: tf.constant(IMAGES[-count:])
+        model = build_without_chance()
         model.steps_per_execution = steps
         model.make_train_function()
-        iterator = iter(tf.data.Dataset.from_tensor_slices(np.stack(batches)))
+        iterator = iter(batches)
         for _ in range(4 // steps):
             losses = model.train_function(iterator)
+        assert list(losses) == list(model.trackers)
         assert int(model.optimizer.iterations) == 4
-        found.append(
-            [*losses.values(), *(np.abs(v).sum() for v in model.get_weights())]
-        )
-    assert list(losses) == list(model.trackers)
+        found.append([*losses.values(), *sums(model)])
     np.testing.assert_allclose(*found, rtol=1e-3)
 
 
