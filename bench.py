@@ -69,7 +69,6 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--question",
         choices=tuple(SCRIPTS),
-        action="append",
         help="measure this one alone (default: one after the other)",
     )
     add(
@@ -79,9 +78,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="turns of each contestant (default: %(default)s)",
     )
-    options = parser.parse_args(arguments)
-    options.question = options.question or list(SCRIPTS)
-    return options
+    return parser.parse_args(arguments)
 
 
 # Arithmetic ------------------------------------------------------------------------
@@ -203,7 +200,8 @@ def q1_step() -> Training:
     def step(batch: tf.Tensor) -> list[tf.Tensor]:
         x = utils.unit_floats(batch)
         with tf.GradientTape() as tape:
-            loss = tf.reduce_mean(tf.square(x - autoencoder(x, training=True)))
+            restored = autoencoder(x, training=True)
+            loss = tf.reduce_mean(q1.least_squares(x, restored))
         return tape.gradient(loss, autoencoder.trainable_variables)
 
     signature = tf.TensorSpec((q1.BATCH_SIZE, 28, 28, 3), tf.uint8)
@@ -293,8 +291,6 @@ def torch_steps(question: str) -> dict[str, Callable[[int], None]]:
         layers = (layer for a, b in pairs for layer in (nn.Linear(a, b), nn.GELU()))
         return nn.Sequential(*layers)
 
-    digits = torch.randint(256, (IMAGES, q2.PIXELS), dtype=torch.uint8)
-
     def q2_model() -> Callable[[torch.Tensor], None]:
         body = perceptron(q2.PIXELS, q2.HIDDEN)
         heads = nn.Linear(q2.HIDDEN[-1], 2 * q2.CODE_DIM)
@@ -335,7 +331,7 @@ def torch_steps(question: str) -> dict[str, Callable[[int], None]]:
                     loss = loss + penalty * q2.GRADIENT_PENALTY * steps_of_b
                 else:
                     with torch.no_grad():
-                        fake = encoder(batch(digits, len(x)))
+                        fake = encoder(batch(images, len(x)))
                 loss = loss + functional.softplus(discriminator(fake)).mean()
                 other.zero_grad()
                 loss.backward()
@@ -355,13 +351,14 @@ def torch_steps(question: str) -> dict[str, Callable[[int], None]]:
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     if question == "q1":
-        images = torch.randint(256, (IMAGES, 3, 28, 28), dtype=torch.uint8)
+        shape = 3, 28, 28
         networks, size = {"": q1_model}, q1.BATCH_SIZE
         if q1.default_precision() == "bfloat16":
             networks["_bfloat16"] = partial(q1_model, "bfloat16")
     else:
-        images = digits
+        shape = (q2.PIXELS,)
         networks, size = {"": q2_model}, q2.BATCH_SIZE
+    images = torch.randint(256, (IMAGES, *shape), dtype=torch.uint8)
     steps = {}
     for precision, build in networks.items():
         steps[f"eager{precision}"] = repeated(build(), images, size)
@@ -521,13 +518,12 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
 def main() -> None:
     """Measure and print."""
     options = parse_options()
-    if len(options.question) == 1:
-        (question,) = options.question
-        if question == "q1":
-            q1.share_cores()
-        found = {question: measure(question, options)}
+    if options.question is None:
+        found = {name: measure_apart(name, sys.argv[1:]) for name in SCRIPTS}
     else:
-        found = {name: measure_apart(name, sys.argv[1:]) for name in options.question}
+        if options.question == "q1":
+            q1.share_cores()
+        found = {options.question: measure(options.question, options)}
     print(json.dumps(found, indent=2) if options.json else table(found))
 
 
