@@ -67,6 +67,17 @@ def test_norm_has_a_finite_gradient_at_a_perfect_reconstruction():
     assert np.isfinite(tape.gradient(loss, x).numpy()).all()
 
 
+def test_gelu_and_its_slope_are_keras_s():
+    x = tf.linspace(-6.0, 6.0, 1001)
+    found = []
+    for function in (q2.gelu, lambda x: keras.activations.gelu(x, approximate=False)):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = function(x)
+        found += [y.numpy(), tape.gradient(y, x).numpy()]
+    np.testing.assert_allclose(found[:2], found[2:], atol=2e-6)
+
+
 def networks(kind):
     keras.utils.set_random_seed(0)
     hidden = q2.HIDDEN[:2]  # is tried sooner
