@@ -426,26 +426,34 @@ class FusedAdam(keras.optimizers.Adam):
             grads, _ = tf.clip_by_global_norm(grads, self.clip)
         super().apply(grads, trainable_variables)
 
-    def update_step(
-        self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor
+    def _backend_update_step(
+        self,
+        grads: Sequence[tf.Tensor],
+        trainable_variables: Sequence[keras.Variable],
+        learning_rate: tf.Tensor,
     ) -> None:
         """Take a step (Kingma & Ba 2015, arXiv:1412.6980, the end of section 2)."""
-        index = self._get_variable_index(variable)
         step = tf.cast(self.iterations.value + 1, tf.float32)
-        if self.decay:
-            variable.assign_sub(learning_rate * self.decay * variable)
-        tf.raw_ops.ResourceApplyAdam(
-            var=variable.handle,
-            m=self._momentums[index].value.handle,
-            v=self._velocities[index].value.handle,
-            beta1_power=self.beta_1**step,
-            beta2_power=self.beta_2**step,
-            lr=learning_rate,
-            beta1=self.beta_1,
-            beta2=self.beta_2,
-            epsilon=self.epsilon,
-            grad=gradient,
-        )
+        shared = {
+            "beta1_power": self.beta_1**step,
+            "beta2_power": self.beta_2**step,
+            "lr": tf.convert_to_tensor(learning_rate),
+            "beta1": tf.constant(self.beta_1),
+            "beta2": tf.constant(self.beta_2),
+            "epsilon": tf.constant(self.epsilon),
+        }
+        shrinking = shared["lr"] * self.decay
+        for gradient, variable in zip(grads, trainable_variables, strict=True):
+            index = self._get_variable_index(variable)
+            if self.decay:
+                variable.value.assign_sub(shrinking * variable.value)
+            tf.raw_ops.ResourceApplyAdam(
+                var=variable.value.handle,
+                m=self._momentums[index].value.handle,
+                v=self._velocities[index].value.handle,
+                grad=gradient,
+                **shared,
+            )
 
 
 def unit_floats(images: tf.Tensor) -> tf.Tensor:
