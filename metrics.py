@@ -273,4 +273,5 @@ def parzen_log_likelihood(
 
 def as_unit_floats(images: np.ndarray) -> np.ndarray:
     """Flatten uint8 images (N, ...) and scale them to [0, 1], float32 (N, D)."""
-    return images.reshape(len(images), -1).astype(np.float32) / np.float32(255)
+    flat = images.reshape(len(images), -1)
+    return np.divide(flat, np.float32(255), dtype=np.float32)

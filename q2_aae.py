@@ -731,7 +731,7 @@ def train(
     try:
         return folder.fit(
             model,
-            train_split.images,
+            getattr(model, "images", train_split.images),  # not a second time
             options,
             tf.identity,
             validation,

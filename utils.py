@@ -326,7 +326,7 @@ def peak_memory_mib() -> float | None:
 
 
 def shuffled_batches(
-    images: np.ndarray, batch_size: int, seed: int, first_epoch: int = 0
+    images: np.ndarray | tf.Tensor, batch_size: int, seed: int, first_epoch: int = 0
 ) -> tf.data.Dataset:
     """Return batches without end, each epoch in an order that seed and epoch fix.
 
@@ -339,10 +339,11 @@ def shuffled_batches(
         seed: of the orders.
         first_epoch: the epoch that the batches begin with.
     """
-    pixels = tf.constant(images)
+    pixels = tf.convert_to_tensor(images)
     options = tf.data.Options()
     options.autotune.enabled = False  # its thread can take 5 s to stop
 
+    @tf.autograph.experimental.do_not_convert
     def one_epoch(epoch: tf.Tensor) -> tf.data.Dataset:
         order = tf.random.experimental.stateless_shuffle(
             tf.range(len(images)), seed=tf.stack([tf.cast(seed, tf.int64), epoch])
@@ -350,10 +351,14 @@ def shuffled_batches(
         order = order[: len(images) // batch_size * batch_size]
         return tf.data.Dataset.from_tensor_slices(tf.reshape(order, (-1, batch_size)))
 
+    @tf.autograph.experimental.do_not_convert
+    def pick(index: tf.Tensor) -> tf.Tensor:
+        return tf.gather(pixels, index)
+
     return (
         tf.data.Dataset.counter(first_epoch)
         .flat_map(one_epoch)
-        .map(lambda index: tf.gather(pixels, index))
+        .map(pick)
         .prefetch(2)
         .with_options(options)
     )
