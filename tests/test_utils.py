@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import gc
 import hashlib
 import random
 import re
@@ -40,6 +41,10 @@ def parser():
 def complete(*arguments):
     arguments = ["--data", "given.npy", *arguments]
     return utils.complete_options(parser().parse_args(arguments))
+
+
+def test_garbage_is_collected_once_all_is_loaded():
+    assert gc.isenabled()
 
 
 def test_quick_never_touches_the_report():
