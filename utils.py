@@ -105,6 +105,7 @@ PACKAGES = ("tensorflow", "keras", "numpy", "scikit-learn", "openTSNE", "matplot
 
 # Readable in grey: dark, light and dashed differ without colour.
 INK, ACCENT, PALE = "#1b3a5b", "#d1622b", "#9aa5b1"
+GAP = 2  # pixels between the images of a grid
 STYLE = {
     "figure.constrained_layout.use": True,
     "figure.dpi": 100,
@@ -482,7 +483,7 @@ def predict(model: keras.Model, images: np.ndarray) -> np.ndarray:
 
     The model gets them as it was trained on them, scaled to [0, 1].
     """
-    batches = tf.data.Dataset.from_tensor_slices(images).batch(250)
+    batches = tf.data.Dataset.from_tensors(images).rebatch(500)
     return model.predict(batches.map(unit_floats), verbose=0)
 
 
@@ -774,18 +775,20 @@ def image_grid(
     """
     rows = -(-len(images) // columns)
     gutter = 0.2 + 0.11 * max(map(len, row_labels), default=0)
-    size = (8, 0.6 + (8 - gutter) * rows / columns)
-    with figure(path, rows, columns, size) as (drawn, axes):
+    size = (8, 0.4 + (8 - gutter) * rows / columns)
+    # One picture: axes for each image would take a hundred times as long.
+    height, width = images.shape[1] + GAP, images.shape[2] + GAP
+    mosaic = np.ones((rows * height, columns * width, *images.shape[3:]))
+    for index, image in enumerate(images):
+        top, left = index // columns * height, index % columns * width
+        mosaic[top : top + height - GAP, left : left + width - GAP] = image
+    with figure(path, size=size) as (drawn, axes):
         drawn.suptitle(title, fontsize=11)
-        for cell in np.atleast_1d(axes).flat:
-            cell.set_axis_off()
-        grid = np.reshape(axes, (rows, columns))
-        for index, image in enumerate(images):
-            grid.flat[index].imshow(image, cmap="gray", vmin=0, vmax=1)
+        axes.set_axis_off()
+        axes.imshow(mosaic[:-GAP, :-GAP], cmap="gray", vmin=0, vmax=1)
         for row, label in enumerate(row_labels):
-            first = grid[row, 0]
-            place = {"ha": "right", "va": "center", "transform": first.transAxes}
-            first.text(-0.15, 0.5, label, **place)
+            middle = row * height + (height - GAP) / 2
+            axes.text(-2 * GAP, middle, label, ha="right", va="center")
 
 
 # Metrics and report ----------------------------------------------------------------
