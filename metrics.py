@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import keras
@@ -9,9 +10,9 @@ import numpy as np
 import scipy.linalg
 import tensorflow as tf
 from sklearn.decomposition import PCA
-from sklearn.metrics import pairwise_distances_chunked
 from sklearn.metrics.pairwise import euclidean_distances
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+from sklearn.utils import gen_batches
 
 # The Parzen window's bandwidths that are tried, in units of a pixel's range.
 PARZEN_SIGMAS = np.geomspace(0.08, 0.4, 15)
@@ -190,18 +191,34 @@ def train_digit_classifier(
         jit_compile=False,  # XLA's convolutions are slow
         steps_per_execution=32,
     )
-    classifier.fit(
-        as_unit_floats(images), labels, batch_size=128, epochs=epochs, verbose=0
-    )
+    pixels, digits = tf.constant(images), tf.constant(labels)
+
+    def order(_: tf.Tensor) -> tf.Tensor:
+        return tf.random.shuffle(tf.range(len(images), dtype=tf.int64))
+
+    def pick(index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        x = tf.cast(tf.gather(pixels, index), tf.float32) / 255.0
+        return x, tf.gather(digits, index)
+
+    options = tf.data.Options()
+    options.autotune.enabled = False  # takes as long as the training
+    batches = tf.data.Dataset.range(1).map(order).rebatch(128).map(pick).prefetch(2)
+    classifier.fit(batches.with_options(options), epochs=epochs, verbose=0)
     return classifier
 
 
-def digit_features(classifier: keras.Model, images: np.ndarray) -> np.ndarray:
-    """Return the classifier's features, float64 (N, 64), of images in [0, 1]."""
-    features = keras.Model(
-        classifier.inputs, classifier.get_layer("features").output
-    ).predict(images, batch_size=500, verbose=0)
-    return features.astype(np.float64)
+@functools.cache
+def _up_to_features(classifier: keras.Model) -> keras.Model:
+    return keras.Model(classifier.inputs, classifier.get_layer("features").output)
+
+
+def digit_features(classifier: keras.Model, *images: np.ndarray) -> list[np.ndarray]:
+    """Return the classifier's features, float64 (N, 64) each, of images in [0, 1]."""
+    network = _up_to_features(classifier)
+    return [
+        network.predict(each, batch_size=500, verbose=0).astype(np.float64)
+        for each in images
+    ]
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -243,23 +260,23 @@ def parzen_log_likelihood(
         `parzen_standard_error` of that mean, and `parzen_sigma`, the bandwidth.
     """
     count, dimensions = samples.shape
+    centres = tf.constant(samples, tf.float32)
+    lengths = tf.reduce_sum(tf.square(centres), axis=1)
+
+    def window(images: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
+        x = tf.constant(images, tf.float32)
+        own = tf.reduce_sum(tf.square(x), axis=1, keepdims=True)
+        squared = own + lengths - 2.0 * tf.matmul(x, centres, transpose_b=True)
+        scales = -0.5 / sigmas**2
+        return np.stack(
+            [tf.reduce_logsumexp(squared * scale, axis=1) for scale in scales], axis=1
+        )
 
     def log_likelihoods(images: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
-        def window(distances: np.ndarray, start: int) -> np.ndarray:
-            squared = tf.square(tf.cast(distances, tf.float64))
-            return np.stack(
-                [
-                    tf.reduce_logsumexp(squared * (-0.5 / sigma**2), axis=1)
-                    for sigma in sigmas
-                ],
-                axis=1,
-            )
-
-        chunks = pairwise_distances_chunked(
-            images, samples, reduce_func=window, working_memory=16
-        )
+        batches = gen_batches(len(images), 200)
+        windows = [window(images[batch], sigmas) for batch in batches]
         scale = np.log(sigmas * math.sqrt(2.0 * math.pi))
-        return np.concatenate(list(chunks)) - math.log(count) - dimensions * scale
+        return np.concatenate(windows) - math.log(count) - dimensions * scale
 
     on_valid = log_likelihoods(valid_images, PARZEN_SIGMAS).mean(axis=0)
     sigma = PARZEN_SIGMAS[on_valid.argmax()]
