@@ -49,6 +49,7 @@ TORCH_KINDS = {
 }
 SCRIPTS = {"q1": "q1_cnn_autoencoder.py", "q2": "q2_aae.py"}
 FLOATS_PER_PRODUCT = 2  # a multiplication and an addition
+SIDE_BY_SIDE = 2  # products of matrices
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -166,7 +167,7 @@ def training(
     They are `model.fit`'s own, on batches made as there, without what `fit` does once
     at its beginning and its end. Each time is `model.steps_per_execution` of them.
     """
-    batches = utils.shuffled_batches(images, batch_size, seed=0).map(prepare)
+    batches = prepare(utils.shuffled_batches(images, batch_size, seed=0))
     steps = model.steps_per_execution
     model.fit(batches, steps_per_epoch=steps, shuffle=False, verbose=0)
     iterator = iter(batches)
@@ -208,7 +209,7 @@ def q1_step() -> Training:
     flops = count_flops(step, signature)
     epoch = TRAINING_IMAGES // q1.BATCH_SIZE
     model = q1.compile_autoencoder(autoencoder, q1.LEARNING_RATE, q1.EPOCHS, epoch)
-    return training(model, images, q1.BATCH_SIZE, q1.as_pair, flops, precision)
+    return training(model, images, q1.BATCH_SIZE, q1.as_pairs, flops, precision)
 
 
 def q2_step() -> Training:
@@ -221,7 +222,7 @@ def q2_step() -> Training:
     # In the middle of a run (b) takes about as many steps as on average.
     model.optimizer.iterations.assign(model.training_steps // 2)
     flops = q2_step_flops(model, int(model.discriminator_steps()))
-    return training(model, images, q2.BATCH_SIZE, tf.identity, flops)
+    return training(model, images, q2.BATCH_SIZE, model.stacked, flops)
 
 
 def torch_steps(question: str) -> dict[str, Callable[[int], None]]:
@@ -437,7 +438,7 @@ def measure(question: str, options: argparse.Namespace) -> dict[str, Any]:
     seconds = take_turns(contestants | others, options.rounds)
 
     rates = {
-        kind: 2 * FLOATS_PER_PRODUCT * SIZE**3 / seconds[kind] / 1e9
+        kind: SIDE_BY_SIDE * FLOATS_PER_PRODUCT * SIZE**3 / seconds[kind] / 1e9
         for kind in ("float32", "bfloat16")
     }
     step_seconds = seconds["ours"] / script.steps

@@ -203,7 +203,13 @@ def train_digit_classifier(
     options = tf.data.Options()
     options.autotune.enabled = False  # takes as long as the training
     batches = tf.data.Dataset.range(1).map(order).rebatch(128).map(pick).prefetch(2)
-    classifier.fit(batches.with_options(options), epochs=epochs, verbose=0)
+    count = tf.data.experimental.assert_cardinality(-(-len(images) // 128))
+    classifier.fit(
+        batches.apply(count).with_options(options),
+        epochs=epochs,
+        shuffle=False,  # done
+        verbose=0,
+    )
     return classifier
 
 

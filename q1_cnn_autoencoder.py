@@ -203,10 +203,14 @@ def build_autoencoder(
 # Training --------------------------------------------------------------------------
 
 
-def as_pair(images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Make of uint8 images what an autoencoder learns from: input and target."""
-    scaled = utils.unit_floats(images)
-    return scaled, scaled
+def as_pairs(batches: tf.data.Dataset) -> tf.data.Dataset:
+    """Make of batches of uint8 images what an autoencoder learns from: x and x."""
+
+    def pair(images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        scaled = utils.unit_floats(images)
+        return scaled, scaled
+
+    return batches.map(pair)
 
 
 def least_squares(images: tf.Tensor, restored: tf.Tensor) -> tf.Tensor:
@@ -306,8 +310,8 @@ def train(
         model,
         train_images,
         options,
-        as_pair,
-        validation.map(as_pair),
+        as_pairs,
+        as_pairs(validation),
         draw,
         autoencoder=autoencoder,
     )

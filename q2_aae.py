@@ -388,8 +388,24 @@ class OneLaunch(keras.Model):
     """A model whose `steps_per_execution` training steps are one program of XLA's.
 
     Keras launches a program a step, which takes a millisecond or two: all variables are
-    handed in and out.
+    handed in and out. `fit` takes the batches of a launch stacked, as `stacked` returns
+    them.
     """
+
+    def compile(
+        self, optimizer: keras.optimizers.Optimizer, steps: int, **kwargs: Any
+    ) -> None:
+        """Compile as `keras.Model` does, for epochs of so many training steps."""
+        super().compile(
+            optimizer,
+            jit_compile=True,  # XLA, which Keras does not choose by itself here
+            steps_per_execution=utils.steps_per_execution(steps),
+            **kwargs,
+        )
+
+    def stacked(self, batches: tf.data.Dataset) -> tf.data.Dataset:
+        """Stack the batches that a launch takes, along a new first axis."""
+        return batches.batch(self.steps_per_execution, drop_remainder=True).prefetch(1)
 
     def make_train_function(self, force: bool = False) -> None:
         """Make what `fit` calls, as `keras.Model` does."""
@@ -406,10 +422,8 @@ class OneLaunch(keras.Model):
             tf.while_loop(lambda number: number < steps, one, [0])
             return self.get_metrics_result()
 
-        @tf.function(autograph=False)
         def train_function(iterator: Any) -> dict[str, tf.Tensor]:
-            batches = [next(iterator) for _ in range(steps)]
-            return take(tf.nest.map_structure(lambda *x: tf.stack(x), *batches))
+            return take(next(iterator))
 
         self.train_function = train_function
 
@@ -478,8 +492,7 @@ class AdversarialAutoencoder(_Seeded, OneLaunch):
             utils.FusedAdam(
                 rate, recipe.momentum, decay=recipe.weight_decay, clip=CLIP_NORM
             ),
-            jit_compile=True,  # XLA, which Keras does not choose by itself here
-            steps_per_execution=utils.steps_per_execution(steps),
+            steps,
         )
         self.discriminator_optimizer = utils.FusedAdam(
             discriminator_rate, recipe.momentum
@@ -627,12 +640,7 @@ class LiteralAdversarialAutoencoder(AdversarialAutoencoder):
             adversarial_learning_rate: of (b) and of (c).
             steps: training steps in an epoch.
         """
-        keras.Model.compile(
-            self,
-            utils.FusedAdam(learning_rate),
-            jit_compile=True,
-            steps_per_execution=utils.steps_per_execution(steps),
-        )
+        OneLaunch.compile(self, utils.FusedAdam(learning_rate), steps)
         self.discriminator_optimizer = utils.FusedAdam(adversarial_learning_rate)
         self.encoder_optimizer = utils.FusedAdam(adversarial_learning_rate)
         self.optimizer.build(self.autoencoder_variables)
@@ -733,7 +741,7 @@ def train(
             model,
             getattr(model, "images", train_split.images),  # not a second time
             options,
-            tf.identity,
+            model.stacked,
             validation,
             draw,
             **{name: getattr(model, name) for name in names if hasattr(model, name)},
@@ -925,9 +933,8 @@ def fresh_discriminator_accuracy(
     pair = Pair(judge)
     pair.compile(
         utils.FusedAdam(FRESH_LEARNING_RATE),
-        [keras.losses.BinaryCrossentropy(from_logits=True)] * 2,
-        jit_compile=True,
-        steps_per_execution=utils.steps_per_execution(steps),
+        steps,
+        loss=[keras.losses.BinaryCrossentropy(from_logits=True)] * 2,
     )
     size = min(BATCH_SIZE, len(means))
     labels = tf.ones((size, 1)), tf.zeros((size, 1))
@@ -939,9 +946,8 @@ def fresh_discriminator_accuracy(
         return (draws, mean + deviation * noise), labels
 
     batches = utils.shuffled_batches(np.arange(len(means)), size, seed=0)
-    pair.fit(
-        batches.map(draws_and_codes), steps_per_epoch=steps, shuffle=False, verbose=0
-    )
+    batches = pair.stacked(batches.map(draws_and_codes))
+    pair.fit(batches, steps_per_epoch=steps, shuffle=False, verbose=0)
     draws = np.random.default_rng(1).standard_normal(test_codes.shape)
     taken_for_codes, taken_for_draws = (
         (judge.predict(z.astype(np.float32), batch_size=500, verbose=0) < 0).mean()

@@ -161,11 +161,7 @@ class VariationalAutoencoder(q2.OneLaunch):
     def compile(self, learning_rate: float, epochs: int, steps: int) -> None:
         """Give it an Adam, its rate as the default run's; see `utils.falling_rate`."""
         rate = utils.falling_rate(learning_rate, epochs, steps)
-        super().compile(
-            utils.FusedAdam(rate),
-            jit_compile=True,
-            steps_per_execution=utils.steps_per_execution(steps),
-        )
+        super().compile(utils.FusedAdam(rate), steps)
         self.optimizer.build(self.trainable_variables)
 
     @property

@@ -483,8 +483,11 @@ def predict(model: keras.Model, images: np.ndarray) -> np.ndarray:
 
     The model gets them as it was trained on them, scaled to [0, 1].
     """
-    batches = tf.data.Dataset.from_tensors(images).rebatch(500)
-    return model.predict(batches.map(unit_floats), verbose=0)
+    pixels, size = tf.constant(images), 500
+    batches = tf.data.Dataset.range(0, len(images), size).map(
+        lambda start: unit_floats(pixels[start : start + size])
+    )
+    return model.predict(batches, verbose=0)
 
 
 @contextlib.contextmanager
@@ -619,7 +622,7 @@ class RunFolder:
         model: keras.Model,
         images: np.ndarray,
         options: argparse.Namespace,
-        prepare: Callable[[tf.Tensor], Any],
+        prepare: Callable[[tf.data.Dataset], tf.data.Dataset],
         validation_data: tf.data.Dataset,
         draw: Callable[[dict[str, np.ndarray]], None] | None = None,
         **models: keras.Model,
@@ -632,7 +635,7 @@ class RunFolder:
             model: compiled and built, with its optimizers' variables.
             images: uint8 (N, ...), training images.
             options: the completed command line.
-            prepare: from a batch of images to what `model.fit` takes.
+            prepare: makes of batches of images what `model.fit` takes.
             validation_data: finite batches of what `model.fit` takes.
             draw: draws the history so far if training is interrupted.
             **models: each is saved in the folder as NAME.keras.
@@ -650,7 +653,7 @@ class RunFolder:
         if done < options.epochs:
             try:
                 model.fit(
-                    batches.map(prepare),
+                    prepare(batches),
                     epochs=options.epochs,
                     initial_epoch=done,
                     steps_per_epoch=steps,

@@ -162,7 +162,7 @@ def test_steps_in_one_launch_are_steps_one_by_one(build_without_chance):
         model = build_without_chance()
         model.steps_per_execution = steps
         model.make_train_function()
-        iterator = iter(batches)
+        iterator = iter(model.stacked(batches))
         for _ in range(4 // steps):
             losses = model.train_function(iterator)
         assert losses.keys() == model.trackers.keys()
