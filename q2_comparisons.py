@@ -275,6 +275,8 @@ def label_points(axes: plt.Axes, places: Mapping[str, tuple[float, float]]) -> N
     for name, (x, y) in sorted(places.items(), key=lambda item: -item[1][1]):
         if name in SEEDS[1:]:
             continue
+        if name == SEEDS[0]:  # beside the rightmost of its seeds
+            x = max(places[seed][0] for seed in SEEDS if seed in places)
         point = 10**x, 10**y
         label = {
             "text": name,
@@ -411,7 +413,7 @@ def report_blocks(
                     [1e4 * row["prior_match"]["mmd"] for row in seeds],
                     ".1f",
                 ),
-                ("Fréchet distance", [row["frechet_distance"] for row in seeds], ".1f"),
+                ("Fréchet distance", [row["frechet_distance"] for row in seeds], ".2f"),
             )
         )
         parts.append(
