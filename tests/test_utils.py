@@ -16,6 +16,7 @@ from pathlib import Path
 import utils
 
 import keras
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -147,6 +148,26 @@ def test_fused_adam_steps_as_keras_adam_with_decoupled_decay_does():
 @pytest.mark.parametrize(("steps", "most"), [(460, 23), (461, 1), (32, 32), (1, 1)])
 def test_steps_at_a_time_divide_an_epochs(steps, most):
     assert utils.steps_per_execution(steps) == most
+
+
+def test_predictions_are_of_all_images_in_their_order():
+    same = keras.Sequential([keras.Input((3,)), keras.layers.Identity()])
+    images = np.random.default_rng(0).integers(0, 256, (501, 3), np.uint8)
+    np.testing.assert_allclose(utils.predict(same, images), images / 255, rtol=1e-6)
+
+
+def test_a_grid_shows_each_image_in_its_place(tmp_path):
+    greys = 0.2, 0.4, 0.6, 0.8, 0.0
+    images = np.ones((5, 28, 28)) * np.reshape(greys, (5, 1, 1))
+    utils.image_grid(tmp_path / "x.png", images, "", columns=2)
+    drawn = plt.imread(tmp_path / "x.png")[..., 0]
+    places = [np.argwhere(np.abs(drawn - grey) < 0.01) for grey in greys]
+    assert min(len(place) for place in places) > 200**2
+    down, right = np.transpose([place.mean(axis=0) for place in places])
+    np.testing.assert_allclose(down[[0, 2]], down[[1, 3]])
+    assert down[0] < down[2] < down[4]
+    np.testing.assert_allclose(right[[0, 1, 0]], right[[2, 3, 4]])
+    assert right[0] < right[1]
 
 
 def test_splits_too_small_to_measure_are_refused():
