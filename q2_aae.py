@@ -71,7 +71,7 @@ FRESH_LEARNING_RATE = 3e-4  # of the discriminator that judges the finished code
 LITERAL_LEARNING_RATE = 1e-3  # (a)
 LITERAL_ADVERSARIAL_LEARNING_RATE = 2e-4  # (b) and (c)
 
-COMPARED = 500  # images whose nearest training image is sought
+COMPARED = 500  # images of a kind whose nearest training image is sought
 TRUSTED = 3_000  # codes on whose map the trustworthiness is measured
 SAMPLES = 10_000  # draws from the prior behind the Fréchet distance and Parzen window
 EQUILIBRIUM = {
@@ -739,7 +739,7 @@ def train(
     try:
         return folder.fit(
             model,
-            getattr(model, "images", train_split.images),  # not a second time
+            getattr(model, "images", train_split.images),  # it may hold them
             options,
             model.stacked,
             validation,
