@@ -257,7 +257,8 @@ def parzen_log_likelihood(
     images reach (Theis et al. 2016, arXiv:1511.01844).
 
     Args:
-        samples: float (S, D) in [0, 1], drawn from the model.
+        samples: float (S, D) in [0, 1], drawn from the model; all three of one dtype,
+            which it computes in.
         valid_images: float (N, D), that the bandwidth is chosen on.
         test_images: float (M, D).
 
@@ -266,11 +267,11 @@ def parzen_log_likelihood(
         `parzen_standard_error` of that mean, and `parzen_sigma`, the bandwidth.
     """
     count, dimensions = samples.shape
-    centres = tf.constant(samples, tf.float32)
+    centres = tf.constant(samples)
     lengths = tf.reduce_sum(tf.square(centres), axis=1)
 
     def window(images: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
-        x = tf.constant(images, tf.float32)
+        x = tf.constant(images)
         own = tf.reduce_sum(tf.square(x), axis=1, keepdims=True)
         squared = own + lengths - 2.0 * tf.matmul(x, centres, transpose_b=True)
         scales = -0.5 / sigmas**2

@@ -125,9 +125,9 @@ def test_parzen_window_is_the_mixture_of_normals_at_its_samples():
     sigma = metrics.PARZEN_SIGMAS[np.argmax(on_valid)]
     assert found["parzen_sigma"] == pytest.approx(sigma)
     on_test = log_likelihoods(test, sigma)
-    assert found["parzen_log_likelihood"] == pytest.approx(on_test.mean(), rel=1e-5)
+    assert found["parzen_log_likelihood"] == pytest.approx(on_test.mean())
     error = on_test.std() / math.sqrt(20)
-    assert found["parzen_standard_error"] == pytest.approx(error, rel=1e-5)
+    assert found["parzen_standard_error"] == pytest.approx(error)
 
 
 def test_classifier_features_tell_digits_from_noise():
