@@ -246,16 +246,17 @@ def measure(
     model = build_model(row, options, pca, train_split.images)
     history = q2.train(model, train_split, valid, options, folder)
     codes = utils.predict(model.encoder, test.images)
-    samples = q2.draw_samples(model.decoder, options.code_dim, options.seed)
     posterior = q2.posterior(model.encoder, train_split.images)
+    steps = int(model.optimizer.iterations.numpy())
+    with q2.fresh_discriminator(*posterior, steps) as judge:
+        samples = q2.draw_samples(model.decoder, options.code_dim, options.seed)
+        measured = q2.evaluate(model, valid, test, codes, samples, classifier)
     loss = history.get("discriminator_loss")
     return {
-        **q2.evaluate(model, valid, test, codes, samples, classifier),
+        **measured,
         "validation_mse": float(history["val_mse"][-1]),
         "loss_discriminator": None if loss is None else float(loss[-1]),
-        "fresh_discriminator_accuracy": q2.fresh_discriminator_accuracy(
-            *posterior, codes, steps=int(model.optimizer.iterations.numpy())
-        ),
+        "fresh_discriminator_accuracy": q2.discriminator_accuracy(judge, codes),
         "training_seconds": float(history["seconds"].sum()),
         "epochs": len(history["epoch"]),
     }

@@ -341,15 +341,37 @@ def test_posterior_has_the_noise_that_codes_have():
     np.testing.assert_array_equal(deviations, 0)
 
 
+def fresh_accuracy(means, deviations, codes, steps):
+    with q2.fresh_discriminator(means, deviations, steps) as judge:
+        pass
+    return q2.discriminator_accuracy(judge, codes)
+
+
 def test_fresh_discriminator_tells_codes_off_the_prior_from_codes_on_it():
     means, deviations = np.zeros((512, 8), np.float32), np.ones((512, 8), np.float32)
     on = RNG.standard_normal((2000, 8)).astype(np.float32)
-    accuracy = q2.fresh_discriminator_accuracy(means, deviations, on, 30)
+    accuracy = fresh_accuracy(means, deviations, on, 30)
     assert accuracy == pytest.approx(0.5, abs=0.04)
-    accuracy = q2.fresh_discriminator_accuracy(means + 3, deviations, on + 3, 60)
-    assert accuracy > 0.95
-    narrow = q2.fresh_discriminator_accuracy(means, 0.3 * deviations, 0.3 * on, 60)
-    assert narrow > 0.9
+    assert fresh_accuracy(means + 3, deviations, on + 3, 60) > 0.95
+    assert fresh_accuracy(means, 0.3 * deviations, 0.3 * on, 60) > 0.9
+
+
+def test_what_fails_beside_a_fresh_discriminator_ends_its_training(monkeypatch):
+    pairs = []
+
+    class Kept(q2.Pair):
+        def __init__(self, discriminator):
+            super().__init__(discriminator)
+            pairs.append(self)
+
+    monkeypatch.setattr(q2, "Pair", Kept)
+    ones, steps = np.ones((512, 8), np.float32), 32_000
+    with (
+        pytest.raises(KeyboardInterrupt),
+        q2.fresh_discriminator(ones, ones, steps),
+    ):
+        raise KeyboardInterrupt
+    assert pairs[0].optimizer.iterations.numpy() < steps / 2
 
 
 def test_gaussian_encoder_starts_at_variance_one_and_draws_anew():
