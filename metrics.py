@@ -191,7 +191,7 @@ def train_digit_classifier(
         jit_compile=False,  # XLA's convolutions are slow
         steps_per_execution=32,
     )
-    pixels, digits = tf.constant(images), tf.constant(labels)
+    pixels, digits, size = tf.constant(images), tf.constant(labels), 128
 
     def order(_: tf.Tensor) -> tf.Tensor:
         return tf.random.shuffle(tf.range(len(images), dtype=tf.int64))
@@ -202,8 +202,8 @@ def train_digit_classifier(
 
     options = tf.data.Options()
     options.autotune.enabled = False  # takes as long as the training
-    batches = tf.data.Dataset.range(1).map(order).rebatch(128).map(pick).prefetch(2)
-    count = tf.data.experimental.assert_cardinality(-(-len(images) // 128))
+    batches = tf.data.Dataset.range(1).map(order).rebatch(size).map(pick).prefetch(2)
+    count = tf.data.experimental.assert_cardinality(-(-len(images) // size))
     classifier.fit(
         batches.apply(count).with_options(options),
         epochs=epochs,
