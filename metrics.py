@@ -1,22 +1,36 @@
-"""What the report measures: baselines, how codes match the prior, sample quality."""
+"""What the report measures: baselines, how codes match the prior, sample quality.
+
+Images are float32 in [0, 1], (N, 784) or (N, 28, 28, 3); codes are float32 (N, D).
+"""
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 
 import keras
 import numpy as np
 import scipy.linalg
 import tensorflow as tf
+from openTSNE import TSNE
+from scipy.spatial import geometric_slerp
 from sklearn.decomposition import PCA
+from sklearn.manifold import trustworthiness
 from sklearn.metrics.pairwise import euclidean_distances
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from sklearn.utils import gen_batches
 
+from read_MNIST_M import Split
+
 # The Parzen window's bandwidths that are tried, in units of a pixel's range.
 PARZEN_SIGMAS = np.geomspace(0.08, 0.4, 15)
 LOOKED_UP = 2_500  # test codes whose neighbours are sought: all 10,000 take long
+TRUSTED = 3_000  # codes on whose map the trustworthiness is measured
+FRESH_EPOCHS = 8  # of the discriminator that judges finished codes
+FRESH_LEARNING_RATE = 3e-4
+
+# Reconstruction ----------------------------------------------------------------------
 
 
 def psnr_db(mse: float) -> float:
@@ -25,101 +39,122 @@ def psnr_db(mse: float) -> float:
 
 
 def mean_image_mse(train_images: np.ndarray, images: np.ndarray) -> float:
-    """Measure the reconstruction that knows nothing: the mean training image.
-
-    Args:
-        train_images: uint8 (N, ...), 0..255.
-        images: uint8 (M, ...), to reconstruct.
-
-    Returns:
-        Mean squared error over pixels and images, pixels in [0, 1].
-    """
-    return float(np.square((images - train_images.mean(axis=0)) / 255).mean())
+    """Return the mean squared error of guessing the mean training image."""
+    return float(np.square(images - train_images.mean(axis=0)).mean())
 
 
 def fit_pca(train_images: np.ndarray, n_components: int) -> PCA:
-    """Fit the best linear autoencoder with a code of the same size.
+    """Fit the best linear autoencoder with a code of the same size to (N, ...) images.
 
-    Args:
-        train_images: uint8 (N, ...), 0..255.
-        n_components: the code's dimensions; at most min(N, number of pixels) of them
-            are used.
-
-    Returns:
-        scikit-learn's PCA of the flattened images, pixels in [0, 1].
+    At most min(N, number of pixels) components are used.
     """
-    flat = as_unit_floats(train_images)
+    flat = train_images.reshape(len(train_images), -1)
     pca = PCA(min(n_components, *flat.shape), svd_solver="covariance_eigh")
     return pca.fit(flat)
 
 
 def pca_reconstruction_mse(pca: PCA, images: np.ndarray) -> float:
-    """Measure what PCA makes of images.
-
-    Args:
-        pca: as `fit_pca` returns it.
-        images: uint8 (M, ...) to reconstruct.
-
-    Returns:
-        Mean squared error over pixels and images, pixels in [0, 1].
-    """
-    flat = as_unit_floats(images)
+    """Return the mean squared error of what PCA makes of images, float32 (M, ...)."""
+    flat = images.reshape(len(images), -1)
     restored = pca.inverse_transform(pca.transform(flat))
     return float(np.mean(np.square(restored - flat), dtype=np.float64))
 
 
+# Neighbours --------------------------------------------------------------------------
+
+
 def knn_accuracy(
-    train_codes: np.ndarray,
+    spaces: Mapping[str, tuple[np.ndarray, np.ndarray]],
     train_labels: np.ndarray,
-    test_codes: np.ndarray,
     test_labels: np.ndarray,
     neighbours: int = 5,
-) -> float:
+) -> dict[str, float]:
     """Return how often the nearest training codes' majority names the right digit.
 
-    Args:
-        train_codes: float32 (N, D).
-        train_labels: int64 (N,).
-        test_codes: float32 (M, D), of which `LOOKED_UP` are chosen at random, always
-            the same.
-        test_labels: int64 (M,).
-        neighbours: how many training codes vote, by Euclidean distance.
+    Spaces are by name training and test codes, float32 (N, ...) and (M, ...), labels
+    (N,) and (M,). Of the test codes `LOOKED_UP` are chosen at random, always the same.
     """
-    chosen = np.random.default_rng(0).permutation(len(test_codes))[:LOOKED_UP]
-    classifier = KNeighborsClassifier(
-        min(neighbours, len(train_codes)), algorithm="brute"
-    )
-    classifier.fit(train_codes, train_labels)
-    return float(classifier.score(test_codes[chosen], test_labels[chosen]))
+    chosen = np.random.default_rng(0).permutation(len(test_labels))[:LOOKED_UP]
+    vote = KNeighborsClassifier(min(neighbours, len(train_labels)), algorithm="brute")
+    accuracy = {}
+    for name, (known, asked) in spaces.items():
+        vote.fit(known.reshape(len(known), -1), train_labels)
+        asked = asked[chosen].reshape(len(chosen), -1)
+        accuracy[name] = float(vote.score(asked, test_labels[chosen]))
+    return accuracy
 
 
 def nearest(
     train_images: np.ndarray, images: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Find the training image nearest to each image.
+    """Return index and Euclidean distance of the training image nearest to each image.
 
-    Args:
-        train_images: uint8 (N, D), 0..255.
-        images: float (M, D) in [0, 1].
-
-    Returns:
-        Its index, int64 (M,), and its Euclidean distance, float (M,), pixels in [0, 1].
+    Images are float32, (N, D) and (M, D); what is returned is (M,).
     """
-    search = NearestNeighbors(n_neighbors=1, algorithm="brute")
-    search.fit(as_unit_floats(train_images))
-    distances, indices = search.kneighbors(images.astype(np.float32))
+    search = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(train_images)
+    distances, indices = search.kneighbors(images)
     return indices[:, 0], distances[:, 0]
 
 
-def prior_match(
-    codes: np.ndarray, rng: np.random.Generator, mmd_size: int = 2_000
-) -> dict[str, float]:
-    """Compare codes (the aggregated posterior) with the standard normal prior.
+def nearest_medians(train_images: np.ndarray, **others: np.ndarray) -> dict[str, float]:
+    """Return the median distance to the nearest training image, by set of images."""
+    found = {name: nearest(train_images, images)[1] for name, images in others.items()}
+    return {name: float(np.median(distances)) for name, distances in found.items()}
 
-    Args:
-        codes: float (N, D).
-        rng: chooses the codes for the MMD, and draws the prior's side of it.
-        mmd_size: how many codes and prior draws the MMD compares.
+
+def tsne_map(codes: np.ndarray, seed: int) -> tuple[np.ndarray, float]:
+    """Map codes (N, D) to the plane by t-SNE (van der Maaten & Hinton 2008).
+
+    scikit-learn's takes too long for 59,000 codes, so this is openTSNE's (Poličar et
+    al. 2024), which interpolates the forces on a grid (Linderman et al. 2019,
+    arXiv:1712.09005).
+
+    Returns:
+        The map, float (N, 2), and its trustworthiness in [0, 1] (Venna & Kaski 2001),
+        measured on `TRUSTED` codes.
+    """
+    tsne = TSNE(
+        perplexity=min(30, max(1, (len(codes) - 1) // 3)),
+        initialization="pca",
+        neighbors="exact",  # sooner found than the approximate ones
+        n_interpolation_points=2,  # in two thirds of the time of 3
+        n_jobs=-1,
+        random_state=seed,
+        verbose=True,
+    )
+    points = np.asarray(tsne.fit(codes))
+    trusted = trustworthiness(codes[:TRUSTED], points[:TRUSTED])
+    return points, float(trusted)
+
+
+# Codes against the prior -------------------------------------------------------------
+
+
+def posterior(
+    encoder: keras.Model, images: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and standard deviation of q(z|x), float32 (N, D) each.
+
+    The encoder has a layer `mean` and, if it is Gaussian, a layer `log_variance`; a
+    deterministic one deviates by 0.
+    """
+    names = {layer.name for layer in encoder.layers} & {"mean", "log_variance"}
+    outputs = {name: encoder.get_layer(name).output for name in names}
+    network = keras.Model(encoder.inputs, outputs)
+    found = network.predict(images, batch_size=500, verbose=0)
+    mean = found["mean"]
+    if "log_variance" not in found:
+        return mean, np.zeros_like(mean)
+    return mean, np.exp(found["log_variance"] / 2)
+
+
+def signal_coordinates(means: np.ndarray, deviations: np.ndarray) -> np.ndarray:
+    """Return where means of q(z|x), (N, D), vary more than its noise does: bool (D,)."""
+    return means.var(axis=0) > np.square(deviations).mean(axis=0)
+
+
+def prior_match(codes: np.ndarray, mmd_size: int = 2_000) -> dict[str, float]:
+    """Compare codes (N, D), the aggregate posterior, with the standard normal prior.
 
     Returns:
         `mmd`: squared maximum mean discrepancy, unbiased, inverse multiquadratic
@@ -129,20 +164,41 @@ def prior_match(
         `covariance_eigenvalue_min`, `covariance_eigenvalue_max`: 1 under the prior,
         but for the spread of N samples.
     """
-    codes = codes.astype(np.float64)
+    codes, rng = codes.astype(np.float64), np.random.default_rng(0)
     # At random: the first half of MNIST's test images is the neater one.
     chosen = codes[rng.permutation(len(codes))[:mmd_size]]
     prior = rng.standard_normal(chosen.shape)
     std = codes.std(axis=0)
-    eigenvalues = np.linalg.eigvalsh(np.atleast_2d(np.cov(codes, rowvar=False)))
+    eigenvalues = covariance_eigenvalues(codes)
     return {
         "mmd": _mmd_squared(chosen, prior),
         "mean_abs_mean": float(np.abs(codes.mean(axis=0)).mean()),
         "std_min": float(std.min()),
         "std_max": float(std.max()),
-        "covariance_eigenvalue_min": float(eigenvalues[0]),
-        "covariance_eigenvalue_max": float(eigenvalues[-1]),
+        "covariance_eigenvalue_min": float(eigenvalues[-1]),
+        "covariance_eigenvalue_max": float(eigenvalues[0]),
     }
+
+
+def covariance_eigenvalues(codes: np.ndarray) -> np.ndarray:
+    """Return the covariance's eigenvalues, float (D,), the largest first."""
+    return np.linalg.eigvalsh(np.atleast_2d(np.cov(codes, rowvar=False)))[::-1]
+
+
+def great_arc(start: np.ndarray, end: np.ndarray, steps: int) -> np.ndarray:
+    """Walk from one code, (D,), to another along a great arc (Shoemake 1985).
+
+    A straight line would cut through the middle of the shell of radius sqrt(D) where
+    the prior has its mass.
+
+    Returns:
+        Codes (steps, D), their direction turning evenly, their length changing evenly.
+    """
+    start, end = start.astype(np.float64), end.astype(np.float64)
+    t = np.linspace(0.0, 1.0, steps)
+    first, last = np.linalg.norm(start), np.linalg.norm(end)
+    directions = geometric_slerp(start / first, end / last, t)
+    return directions * ((1 - t) * first + t * last)[:, np.newaxis]
 
 
 def _mmd_squared(a: np.ndarray, b: np.ndarray) -> float:
@@ -158,58 +214,73 @@ def _mmd_squared(a: np.ndarray, b: np.ndarray) -> float:
     return float(within - 2.0 * kernel(a, b).mean())
 
 
+def fresh_discriminator_accuracy(
+    discriminator: keras.Model,
+    means: np.ndarray,
+    deviations: np.ndarray,
+    test_codes: np.ndarray,
+) -> float:
+    """Train a new discriminator on finished codes; judge it on test codes.
+
+    Where it gets no further than 0.5, L_D was near equilibrium because the codes follow
+    the prior, and not because the adversary lost track.
+
+    It maps codes (N, D) to logits (N, 1), and learns from means and deviations of
+    q(z|x), float32 (N, D), for the training images.
+
+    Returns:
+        How often it tells test codes (M, D) from as many draws of the prior, in [0, 1].
+    """
+    rng = np.random.default_rng(1)
+
+    def draws_and(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        both = np.concatenate([rng.standard_normal(codes.shape), codes])
+        is_draw = np.repeat([1.0, 0.0], len(codes))[:, np.newaxis]
+        return both.astype(np.float32), is_draw.astype(np.float32)
+
+    discriminator.compile(
+        keras.optimizers.Adam(FRESH_LEARNING_RATE),
+        keras.losses.BinaryCrossentropy(from_logits=True),
+        metrics=[keras.metrics.BinaryAccuracy(threshold=0.0)],
+        jit_compile=True,
+    )
+    for _ in range(FRESH_EPOCHS):
+        codes = means + deviations * rng.standard_normal(means.shape)
+        discriminator.fit(*draws_and(codes), batch_size=256, verbose=0)
+    return float(discriminator.evaluate(*draws_and(test_codes), verbose=0)[1])
+
+
+# Samples -----------------------------------------------------------------------------
+
+
 def train_digit_classifier(
     images: np.ndarray, labels: np.ndarray, epochs: int = 3, seed: int = 0
 ) -> keras.Model:
     """Train the digit classifier whose features the Fréchet distance compares.
 
-    No autoencoder sees it. Distances under another classifier are not comparable.
-
-    Args:
-        images: uint8 (N, 784), 0..255.
-        labels: int64 (N,), 0..9.
-        epochs: passes over the images.
-        seed: of its weights and of the order of the images.
-
-    Returns:
-        A model from float32 images (N, 784) in [0, 1] to logits (N, 10), whose layer
-        `features` gives the 64 numbers before the logits.
+    No autoencoder sees it. Distances under another classifier are not comparable. It
+    maps images (N, 784) to logits (N, 10); its layer `features` gives the 64 numbers
+    before them.
     """
     keras.utils.set_random_seed(seed)
-    inputs = keras.Input((784,))
-    x = keras.layers.Reshape((28, 28, 1))(inputs)
-    x = keras.layers.Conv2D(32, 5, strides=2, padding="same", activation="relu")(x)
-    x = keras.layers.Conv2D(64, 3, strides=2, padding="same", activation="relu")(x)
-    x = keras.layers.Flatten()(x)
-    x = keras.layers.Dropout(0.3)(x)
-    x = keras.layers.Dense(64, activation="relu", name="features")(x)
-    classifier = keras.Model(inputs, keras.layers.Dense(10)(x))
+    layers = keras.layers
+    strided = {"strides": 2, "padding": "same", "activation": "relu"}
+    classifier = keras.Sequential(
+        [
+            keras.Input((784,)),
+            layers.Reshape((28, 28, 1)),
+            layers.Conv2D(32, 5, **strided),
+            layers.Conv2D(64, 3, **strided),
+            layers.Flatten(),
+            layers.Dropout(0.3),
+            layers.Dense(64, activation="relu", name="features"),
+            layers.Dense(10),
+        ]
+    )
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    classifier.compile(
-        "adam",
-        loss,
-        jit_compile=False,  # XLA's convolutions are slow
-        steps_per_execution=32,
-    )
-    pixels, digits, size = tf.constant(images), tf.constant(labels), 128
-
-    def order(_: tf.Tensor) -> tf.Tensor:
-        return tf.random.shuffle(tf.range(len(images), dtype=tf.int64))
-
-    def pick(index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        x = tf.cast(tf.gather(pixels, index), tf.float32) / 255.0
-        return x, tf.gather(digits, index)
-
-    options = tf.data.Options()
-    options.autotune.enabled = False  # takes as long as the training
-    batches = tf.data.Dataset.range(1).map(order).rebatch(size).map(pick).prefetch(2)
-    count = tf.data.experimental.assert_cardinality(-(-len(images) // size))
-    classifier.fit(
-        batches.apply(count).with_options(options),
-        epochs=epochs,
-        shuffle=False,  # done
-        verbose=0,
-    )
+    # XLA's convolutions are slow.
+    classifier.compile("adam", loss, metrics=["accuracy"], jit_compile=False)
+    classifier.fit(images, labels, batch_size=128, epochs=epochs, verbose=0)
     return classifier
 
 
@@ -218,24 +289,17 @@ def _up_to_features(classifier: keras.Model) -> keras.Model:
     return keras.Model(classifier.inputs, classifier.get_layer("features").output)
 
 
-def digit_features(classifier: keras.Model, *images: np.ndarray) -> list[np.ndarray]:
-    """Return the classifier's features, float64 (N, 64) each, of images in [0, 1]."""
+def digit_features(classifier: keras.Model, images: np.ndarray) -> np.ndarray:
+    """Return the classifier's features, float64 (N, 64), of images (N, 784)."""
     network = _up_to_features(classifier)
-    return [
-        network.predict(each, batch_size=500, verbose=0).astype(np.float64)
-        for each in images
-    ]
+    return network.predict(images, batch_size=500, verbose=0).astype(np.float64)
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the Fréchet distance between normal fits to two sets of features.
+    """Return the Fréchet distance between normal fits to features (N, D) and (M, D).
 
     ||mu_a - mu_b||^2 + tr(A + B - 2 (A B)^(1/2)) (Heusel et al. 2017,
     arXiv:1706.08500), here not square-rooted, as is the custom.
-
-    Args:
-        a: float (N, D).
-        b: float (M, D).
     """
     difference = a.mean(axis=0) - b.mean(axis=0)
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
@@ -248,6 +312,31 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     )
 
 
+def frechet_distances(
+    train: Split, test: Split, restored: np.ndarray, samples: np.ndarray
+) -> dict[str, float | None]:
+    """Measure how far images are from the test images, in a classifier's features.
+
+    Returns:
+        Distances of samples (S, 784), of training images (the floor) and of restored
+        test images (N, 784), and the classifier's accuracy on test images; each None
+        without labels.
+    """
+    keys = "frechet_distance", "frechet_distance_floor", "frechet_distance_restored"
+    if train.labels is None:
+        return dict.fromkeys((*keys, "classifier_test_accuracy"))
+    classifier = train_digit_classifier(train.images, train.labels)
+    accuracy = classifier.evaluate(test.images, test.labels, verbose=0)[1]
+    goal, *others = (
+        digit_features(classifier, images)
+        for images in (test.images, samples, train.images[: len(test.images)], restored)
+    )
+    distances = [frechet_distance(other, goal) for other in others]
+    return dict(zip(keys, distances, strict=True)) | {
+        "classifier_test_accuracy": float(accuracy)
+    }
+
+
 def parzen_log_likelihood(
     samples: np.ndarray, valid_images: np.ndarray, test_images: np.ndarray
 ) -> dict[str, float]:
@@ -256,11 +345,8 @@ def parzen_log_likelihood(
     Goodfellow et al. 2014 (arXiv:1406.2661); misleading past the point that training
     images reach (Theis et al. 2016, arXiv:1511.01844).
 
-    Args:
-        samples: float (S, D) in [0, 1], drawn from the model; all three of one dtype,
-            which it computes in.
-        valid_images: float (N, D), that the bandwidth is chosen on.
-        test_images: float (M, D).
+    Samples are float (S, D); validation images, (N, D), choose the bandwidth; all are
+    of one dtype, which it computes in.
 
     Returns:
         `parzen_log_likelihood` in nats, mean over test images,
@@ -293,9 +379,3 @@ def parzen_log_likelihood(
         "parzen_standard_error": float(on_test.std() / math.sqrt(len(on_test))),
         "parzen_sigma": float(sigma),
     }
-
-
-def as_unit_floats(images: np.ndarray) -> np.ndarray:
-    """Flatten uint8 images (N, ...) and scale them to [0, 1], float32 (N, D)."""
-    flat = images.reshape(len(images), -1)
-    return np.divide(flat, np.float32(255), dtype=np.float32)

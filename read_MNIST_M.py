@@ -1,33 +1,38 @@
 """Read `MNIST_M.npy` and `data.npy` into checked train, validation and test splits.
 
-Both files come from strangers. The course's `MNIST_M.npy` holds a pickled object
-array, and unpickling runs whatever a hostile file asks for, so nothing here calls
-`numpy.load(allow_pickle=True)`: the pickle is first scanned for the few opcodes that
-arrays need, then read by an unpickler that builds inert stand-ins, and numpy sees
-only their checked bytes.
+Both files come from strangers. The course's `MNIST_M.npy` holds a pickled object array,
+and unpickling runs whatever a hostile file asks for. So numpy is given no pickle: it is
+scanned for the few opcodes that arrays need, then read by an unpickler that builds
+inert stand-ins, and numpy sees only their checked bytes.
 """
 
 from __future__ import annotations
 
+import filecmp
+import functools
 import io
 import math
-import mmap
 import os
 import pickle
 import pickletools
 import warnings
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 NUM_CLASSES = 10
-MNIST_M_SHAPES = ((28, 28, 3),)
-DIGIT_SHAPES = ((784,), (28, 28))
+VALID_SIZE = 1_000  # of the training images, where a source has no validation images
+Shapes = tuple[tuple[int, ...], ...]  # of an image; the first one is returned
+MNIST_M_SHAPES = ((28, 28, 3), (3, 28, 28))
+DIGIT_SHAPES = ((784,), (28, 28), (28, 28, 1), (1, 28, 28))
+PAIRS = "three (images, labels) pairs: train, valid, test"
+NPZ_MEMBERS = ("x_train.npy", "y_train.npy", "x_test.npy", "y_test.npy")
+MAX_ARRAY = 2**29  # bytes of an array in a .npz file; MNIST's, as float64, take 2**28.5
 
-# A file of three (images, labels) pairs takes about a hundred opcodes.
-MAX_OPCODES = 10_000
+MAX_OPCODES = 10_000  # a file of three pairs takes about a hundred
 SAFE_OPCODES = frozenset(
     {"PROTO", "FRAME", "MARK", "STOP", "NONE", "NEWTRUE", "NEWFALSE"}
     | {"BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINUNICODE"}
@@ -37,11 +42,11 @@ SAFE_OPCODES = frozenset(
     | {"GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD"}
     | {"BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET", "LONG_BINGET"}
 )
-NUMERIC_CODES = frozenset(
-    {"b1", "u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8"}
+SAFE_NAMES = frozenset(
+    {"numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"}
+    | {"numpy.ndarray", "numpy.dtype", "_codecs.encode"}
 )
-BYTE_ORDERS = ("<", ">", "=", "|")
-MEMO_OPCODES = frozenset({"BINPUT", "LONG_BINPUT"})
+NUMERIC_CODES = {"b1"} | {kind + size for kind in "uif" for size in "1248"}
 
 
 class Split(NamedTuple):
@@ -65,9 +70,10 @@ def load_mnist_m(path: str | os.PathLike = "MNIST_M.npy") -> tuple[Split, Split,
 
     Args:
         path: a `.npy` file with three (images, labels) pairs, train, validation and
-            test, pickled by Python 2 or 3: images (N, 28, 28, 3), uint8 0..255 or
-            float 0..1; labels one-hot (N, 10) or integers (N,). Or a plain numeric
-            array of such images, which is split as `load_digits` says.
+            test, pickled by Python 2 or 3: images (N, 28, 28, 3) or (N, 3, 28, 28),
+            whole numbers 0..255 of any type or float 0..1; labels one-hot (N, 10) or
+            integers (N,) or (N, 1). Or a plain array of images, without labels, which
+            is split as `load_digits` says.
 
     Returns:
         Train, validation and test splits, images uint8 (N, 28, 28, 3).
@@ -75,30 +81,74 @@ def load_mnist_m(path: str | os.PathLike = "MNIST_M.npy") -> tuple[Split, Split,
     Raises:
         DataError: the file is missing, damaged, hostile or of another shape.
     """
-    return _load_splits(Path(path), MNIST_M_SHAPES)
+    path, content = _read(path, MNIST_M_SHAPES)
+    if isinstance(content, list):
+        return _check_pairs(content, MNIST_M_SHAPES, path)
+    return _split(_check_images(content, MNIST_M_SHAPES, path, "the array"), None, path)
 
 
-def load_digits(path: str | os.PathLike = "data.npy") -> tuple[Split, Split, Split]:
+def load_digits(
+    path: str | os.PathLike = "data.npy", labels: str | os.PathLike | None = None
+) -> tuple[Split, Split, Split]:
     """Read MNIST digits.
 
     Args:
         path: a `.npy` file with three (images, labels) pairs as for `load_mnist_m`,
-            images (N, 784) or (N, 28, 28); or a plain numeric array of one of those
-            shapes, uint8 0..255 or float 0..1. A plain array has no labels, and image
-            i of it is a test image where i mod 7 = 6, a validation image where
-            i mod 70 = 0 and a training image elsewhere, so that MNIST's 70,000 fall
-            into 59,000, 1,000 and 10,000 and a file sorted by digit splits evenly.
+            images (N, 784), (N, 28, 28), (N, 28, 28, 1) or (N, 1, 28, 28); or a plain
+            array of such images; or Keras's `mnist.npz`, whose last 1,000 training
+            images (the last tenth of 1,000 or fewer) are for validation.
+        labels: a `.npy` file with the labels of a plain array, shaped as in a pair;
+            None for `label.npy` in the same folder, if there is one.
 
     Returns:
-        Train, validation and test splits, images uint8 (N, 784).
+        Train, validation and test splits, images uint8 (N, 784). Of a plain array,
+        image i is for test where i mod 7 = 6, for validation where i mod 70 = 0, else
+        for training. With labels, i counts the images of the same digit, so that each
+        split holds each digit in proportion (unless no digit has seven images).
 
     Raises:
-        DataError: the file is missing, damaged, hostile or of another shape.
+        DataError: a file is missing, damaged, hostile or of another shape, or `labels`
+            is given for a file that has its own.
     """
-    return _load_splits(Path(path), DIGIT_SHAPES)
+    path, content = _read(path, DIGIT_SHAPES)
+    if isinstance(content, list):
+        if labels is not None:
+            raise _wrong(path, "labels of its own", f"none besides {labels}")
+        return _check_pairs(content, DIGIT_SHAPES, path)
+    images = _check_images(content, DIGIT_SHAPES, path, "the array")
+    beside = find_file(path.with_name("label.npy"))
+    if labels is None and not beside.exists():
+        return _split(images, None, path)
+    labels_path, numbers = _read(labels or beside, None)
+    what = f"the labels of {path.name}"
+    return _split(images, _check_labels(numbers, len(images), labels_path, what), path)
 
 
-def read_pickle(data: bytes | mmap.mmap, source: str | os.PathLike) -> Any:
+def find_file(path: str | os.PathLike) -> Path:
+    """Find a file whatever the case of its name: `MNIST_M.npy` as `Mnist_M.npy`.
+
+    Returns:
+        The file of exactly this name if there is one, else one in the same folder
+        whose name differs only in case; `path` itself where there is none.
+
+    Raises:
+        DataError: there are several, and their bytes differ.
+    """
+    path = Path(path)
+    # os.walk tells nothing of a folder that it may not list, instead of failing.
+    _, _, names = next(os.walk(path.parent), ("", [], []))
+    names.sort(key=lambda name: (name != path.name, name))
+    alike = [path.with_name(n) for n in names if n.lower() == path.name.lower()]
+    files = [file for file in alike if file.is_file()]
+    for other in files[1:]:
+        is_itself = os.path.samefile(files[0], other)
+        if not is_itself and not filecmp.cmp(files[0], other, shallow=False):
+            found = f"{other.name} beside it, whose content differs"
+            raise _wrong(files[0], found, "one of the two: keep one")
+    return files[0] if files else path
+
+
+def read_pickle(data: bytes, source: str | os.PathLike) -> Any:
     """Read a pickle that holds nothing but numeric arrays, tuples and lists.
 
     Args:
@@ -106,26 +156,25 @@ def read_pickle(data: bytes | mmap.mmap, source: str | os.PathLike) -> Any:
         source: the name of where it came from, for error messages.
 
     Returns:
-        The tree of tuples and lists that the pickle holds, its numeric arrays as
-        numpy arrays that share the pickle's bytes, object arrays as lists.
+        What the pickle holds: numeric arrays, which share its bytes, in lists, which
+        stand for tuples and object arrays, too.
 
     Raises:
         DataError: it asks for anything but array constructors, or is damaged.
     """
     try:
         _scan_pickle(data)
-        unpickler = _ArrayUnpickler(io.BytesIO(data), encoding="bytes")
-        return _resolve(unpickler.load())
-    except _Refused as error:
-        found = str(error)
+        return _resolve(_ArrayUnpickler(data).load(), iter(range(MAX_OPCODES)))
     except Exception as error:
         # Bytes chosen by a stranger make the unpickler raise nearly anything.
-        text = " ".join(str(error).split())[:120]
-        found = f"a damaged pickle ({type(error).__name__}{': ' * bool(text)}{text})"
-    raise _wrong(source, found, "a pickle of numeric arrays only")
+        damage = f"a damaged pickle ({type(error).__name__}: {error})"
+        found = str(error) if isinstance(error, _Refused) else damage
+    raise _wrong(source, found, "nothing but numeric arrays in tuples or lists")
 
 
 def _wrong(source: object, found: str, expected: str) -> DataError:
+    # A stranger's bytes may hold line ends, codes for the terminal, and no end.
+    found = "".join(c if c.isprintable() else " " for c in found[:200])
     return DataError(f"{source}: found {found}, expected {expected}")
 
 
@@ -136,7 +185,29 @@ class _Refused(Exception):
     """What was found in a pickle that it may not hold."""
 
 
-def _scan_pickle(data: bytes | mmap.mmap) -> None:
+class _StandIn:
+    """Remembers what an array or a type would be made of, and copies none of it."""
+
+    def __init__(self, *arguments: object) -> None:
+        self.arguments = arguments
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data), encoding="bytes")
+        # How Python 3 wrote bytes under protocol 2. A file may ask for one many times.
+        self.encode = functools.cache(lambda text: text.encode("latin-1"))
+
+    def find_class(self, module: str, name: str) -> Callable:
+        if f"{module}.{name}" not in SAFE_NAMES:
+            raise _Refused(f"a pickle that calls {module[:60]}.{name[:60]}")
+        return _StandIn if module != "_codecs" else lambda text, *_: self.encode(text)
+
+
+def _scan_pickle(data: bytes) -> None:
     """Refuse a pickle by its opcodes, before any of them is carried out.
 
     The limit on opcodes also bounds nesting and the memo, whose array the C unpickler
@@ -144,132 +215,143 @@ def _scan_pickle(data: bytes | mmap.mmap) -> None:
     """
     for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
         if opcode.name not in SAFE_OPCODES:
-            raise _Refused(f"pickle opcode {opcode.name}")
-        if opcode.name == "GLOBAL":
-            _constructor(*argument.split(" ", 1))
-        in_memo = argument if opcode.name in MEMO_OPCODES else 0
+            kind = {"EMPTY_DICT": "a pickled dict"}
+            raise _Refused(kind.get(opcode.name, f"pickle opcode {opcode.name}"))
+        in_memo = argument if opcode.name in ("BINPUT", "LONG_BINPUT") else 0
         if max(count, in_memo) >= MAX_OPCODES:
-            raise _Refused(f"over {MAX_OPCODES} pickle opcodes or memo entries")
+            raise _Refused(f"a pickle of over {MAX_OPCODES:,} parts")
 
 
-class _Dtype:
-    """Stand-in for `numpy.dtype`: remembers a type code and a byte order."""
-
-    def __init__(self, code: str | bytes, *_: object) -> None:
-        self.code = code.decode("ascii") if isinstance(code, bytes) else code
-        self.order = "="
-
-    def __setstate__(self, state: tuple) -> None:
-        order = state[1]
-        self.order = order.decode("ascii") if isinstance(order, bytes) else order
-
-    @property
-    def is_object(self) -> bool:
-        return self.code in ("O", "O4", "O8")
-
-    def resolve(self) -> np.dtype:
-        if self.code not in NUMERIC_CODES or self.order not in BYTE_ORDERS:
-            raise _Refused(f"an array of type {self.order}{self.code!r}")
-        return np.dtype(self.order.replace("|", "=") + self.code)
-
-
-class _Array:
-    """Stand-in for `numpy.ndarray`: remembers shape, type and bytes, allocates none."""
-
-    def __init__(self, *_: object) -> None:
-        self.state: tuple | None = None
-
-    def __setstate__(self, state: tuple) -> None:
-        self.state = state
-
-    def resolve(self) -> np.ndarray | list:
-        if self.state is None:
-            raise _Refused("an array without contents")
-        _, shape, dtype, fortran_order, data = self.state
-        if not isinstance(dtype, _Dtype) or not all(
-            type(n) is int and n >= 0 for n in shape
-        ):
-            raise _Refused("an array with a malformed header")
-        size = math.prod(shape)
-        if dtype.is_object:
-            if not isinstance(data, list) or len(data) != size or len(shape) > 2:
-                raise _Refused("an object array with malformed contents")
-            width = shape[1] if len(shape) == 2 else 1
-            rows = [data[i : i + width] for i in range(0, size, width)] if size else []
-            return rows if len(shape) == 2 else data
-        resolved = dtype.resolve()
-        if not isinstance(data, bytes) or len(data) != size * resolved.itemsize:
-            raise _Refused(
-                f"an array of shape {shape} whose bytes do not fill that shape"
-            )
-        order = "F" if fortran_order else "C"
-        return np.frombuffer(data, resolved).reshape(shape, order=order)
-
-
-def _encode_latin1(text: str, *_: object) -> bytes:
-    """Undo what Python 3 does to bytes under pickle protocol 2."""
-    return text.encode("latin-1")
-
-
-def _constructor(module: str, name: str) -> Callable:
-    parts = module.split(".")
-    if parts[:1] == ["numpy"]:
-        # numpy 2 renamed `numpy.core` to `numpy._core`.
-        known = {
-            ("numpy.core.multiarray", "_reconstruct"): _Array,
-            ("numpy._core.multiarray", "_reconstruct"): _Array,
-            ("numpy", "ndarray"): _Array,
-            ("numpy", "dtype"): _Dtype,
-        }
-    else:
-        known = {("_codecs", "encode"): _encode_latin1}
-    if (module, name) not in known:
-        raise _Refused(f"a pickle that calls {module[:60]}.{name[:60]}")
-    return known[module, name]
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Callable:
-        return _constructor(module, name)
-
-
-def _resolve(node: Any, depth: int = 0) -> Any:
-    if depth > 6:
+def _resolve(node: Any, budget: Iterator[int], depth: int = 0) -> np.ndarray | list:
+    """Return the array or lists of arrays that stand-ins, tuples and lists describe."""
+    # Lists that hold each other many times over are small in the file, not in memory.
+    if depth > 6 or next(budget, None) is None:
         raise _Refused("deeply nested data")
-    if isinstance(node, _Array):
-        node = node.resolve()
+    if isinstance(node, _StandIn):
+        _, shape, dtype, fortran_order, data = node.state
+        if len(shape) > 8 or not all(type(n) is int and 0 <= n < 2**40 for n in shape):
+            raise _Refused("an array of impossible shape")
+        size, code, order = math.prod(shape), dtype.arguments[0], dtype.state[1]
+        if isinstance(code, bytes):  # Python 2's text
+            code, order = code[:3].decode("ascii"), order[:3].decode("ascii")
+        if code not in ("O", "O4", "O8"):
+            if code not in NUMERIC_CODES or order not in ("<", ">", "=", "|"):
+                raise _Refused(f"an array of type {order}{code}")
+            dtype = np.dtype(order.replace("|", "=") + code)
+            if not isinstance(data, bytes) or len(data) != size * dtype.itemsize:
+                raise _Refused(f"an array whose bytes do not fill its shape {shape}")
+            return np.frombuffer(data, dtype).reshape(shape, order="CF"[fortran_order])
+        if not isinstance(data, list) or len(data) != size:
+            raise _Refused("an object array with malformed contents")
+        node, width = data, shape[1] if len(shape) == 2 else 0
+        if width:
+            node = [data[i : i + width] for i in range(0, size, width)]
     if isinstance(node, (list, tuple)):
-        return [_resolve(item, depth + 1) for item in node]
-    if isinstance(node, np.ndarray):
-        return node
+        return [_resolve(item, budget, depth + 1) for item in node]
     raise _Refused(f"a {type(node).__name__} where an array should be")
 
 
 # Files -----------------------------------------------------------------------------
 
 
-def _load_splits(
-    path: Path, shapes: tuple[tuple[int, ...], ...]
-) -> tuple[Split, Split, Split]:
-    wanted = " or ".join(f"(N, {', '.join(map(str, shape))})" for shape in shapes)
-    expected = f"a .npy file of images {wanted}"
-    content = _read_npy(path, expected)
-    if isinstance(content, np.ndarray):
-        images = _check_images(content, shapes, path, "the array")
-        if len(images) < 7:
-            raise _wrong(path, f"{len(images)} images", "at least 7 to split")
-        index = np.arange(len(images))
-        test, valid = index % 7 == 6, index % 70 == 0
-        parts = (~test & ~valid, valid, test)
-        train, valid, test = (Split(images[part], None) for part in parts)
-        return train, valid, test
-    if len(content) != 3 or not all(
-        isinstance(pair, list) and len(pair) == 2 for pair in content
-    ):
-        found = f"{len(content)} items"
-        raise _wrong(path, found, "three (images, labels) pairs: train, valid, test")
+def _read(path: str | os.PathLike, shapes: Shapes | None) -> tuple[Path, Any]:
+    """Find and read a file of images or, where `shapes` is None, of labels."""
+    path = find_file(path)
+    kind = f"images of one of the shapes {shapes}" if shapes else "labels"
+    expected = f"a .npy file of N {kind}"
+    try:
+        if not path.is_file():
+            found = "something that is not a file" if path.exists() else "no such file"
+            raise _wrong(path, found, expected)
+        with path.open("rb") as file:
+            start = file.peek(30)
+            if start.startswith(b"version https://git-lfs"):
+                raise _wrong(path, "a git-LFS pointer", f"{expected}: run git lfs pull")
+            if start.startswith(b"\x80") or path.suffix.lower() == ".pkl":
+                remedy = f"{expected}: save it by numpy.save"
+                raise _wrong(path, "a bare pickle, not a .npy file", remedy)
+            if start.startswith(b"PK") and shapes:
+                return path, _read_npz(file, path)
+            size = os.fstat(file.fileno()).st_size
+            return path, _read_npy(file, size, path, expected, bool(shapes))
+    except DataError:
+        raise
+    except Exception as error:  # damaged archives make zipfile raise nearly anything
+        found = f"an unreadable file ({type(error).__name__}: {error})"
+        raise _wrong(path, found, expected) from None
+
+
+def _read_npy(
+    file: IO[bytes], size: int, source: Path, expected: str, may_hold_objects: bool
+) -> np.ndarray | list:
+    """Read a .npy file of `size` bytes: an array, or what a pickled array holds."""
+    if size == 0:
+        raise _wrong(source, "an empty file", expected)
+    npy = np.lib.format
+    readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python 2's headers parse with a warning
+            shape, fortran_order, dtype = readers[npy.read_magic(file)](file)
+    except Exception:  # so does numpy's parser
+        raise _wrong(source, "no valid .npy header", expected) from None
+    if len(shape) > 8 or not all(0 <= n < 2**40 for n in shape):
+        raise _wrong(source, "an array of impossible shape", expected)
+    if dtype.kind == "O" and may_hold_objects:
+        if shape not in ((), (3,), (3, 2)):
+            found = f"{shape[0]} separate images or pairs"
+            raise _wrong(source, found, f"{PAIRS}; or stack them: numpy.stack")
+        return read_pickle(file.read(), source)
+    if dtype.kind not in "buif" or dtype.itemsize > 8:
+        raise _wrong(source, f"an array of type {dtype}", expected)
+    needed, left = math.prod(shape) * dtype.itemsize, size - file.tell()
+    data = file.read(needed) if left == needed else b""
+    if len(data) != needed:
+        found = f"{left:,} bytes of data for shape {shape} of type {dtype}"
+        raise _wrong(source, found, f"{needed:,} bytes")
+    return np.frombuffer(data, dtype).reshape(shape, order="CF"[fortran_order])
+
+
+def _read_npz(file: IO[bytes], path: Path) -> list:
+    """Read the arrays of Keras's mnist.npz into three (images, labels) pairs."""
+    expected = f"a .npz file with {', '.join(NPZ_MEMBERS)}, or a .npy file"
+    arrays = []
+    with zipfile.ZipFile(file) as archive:
+        if not set(NPZ_MEMBERS) <= set(archive.namelist()):
+            found = f"an archive of {', '.join(archive.namelist()[:9]) or 'nothing'}"
+            raise _wrong(path, found, expected)
+        for name in NPZ_MEMBERS:
+            size = archive.getinfo(name).file_size
+            if size > MAX_ARRAY:
+                raise _wrong(path / name, f"{size:,} bytes", f"at most {MAX_ARRAY:,}")
+            with archive.open(name) as member:
+                arrays.append(_read_npy(member, size, path / name, expected, False))
+    images, labels, *test = arrays
+    valid = VALID_SIZE if len(images) > VALID_SIZE else max(1, len(images) // 10)
+    train = [images[:-valid], labels[:-valid]]
+    return [train, [images[-valid:], labels[-valid:]], test]
+
+
+def _split(images: np.ndarray, labels: np.ndarray | None, path: Path) -> tuple:
+    """Split a plain array by each image's rank: among its digit's, or in the file."""
+    if len(images) < 7:
+        raise _wrong(path, f"{len(images)} images", "at least 7 to split")
+    rank = np.arange(len(images))
+    for digit in range(0 if labels is None else NUM_CLASSES):
+        rank[labels == digit] = np.arange(np.count_nonzero(labels == digit))
+    if rank.max() < 6:  # there would be no test image
+        rank = np.arange(len(images))
+    test, valid = rank % 7 == 6, rank % 70 == 0
+    parts = (~test & ~valid, valid, test)
+    return tuple(Split(images[p], None if labels is None else labels[p]) for p in parts)
+
+
+def _check_pairs(content: list, shapes: Shapes, path: Path) -> tuple:
+    pairs = [pair for pair in content if isinstance(pair, list) and len(pair) == 2]
+    if len(content) != 3 or len(pairs) != 3:
+        raise _wrong(path, f"{len(content)} items, {len(pairs)} of them pairs", PAIRS)
     splits = []
-    for name, (images, labels) in zip(("train", "valid", "test"), content, strict=True):
+    for name, (images, labels) in zip(("train", "valid", "test"), pairs, strict=True):
         if not isinstance(images, np.ndarray) or not isinstance(labels, np.ndarray):
             raise _wrong(path, f"a list as {name} images or labels", "numeric arrays")
         images = _check_images(images, shapes, path, f"{name} images")
@@ -278,100 +360,39 @@ def _load_splits(
     return tuple(splits)
 
 
-def _read_npy(path: Path, expected: str) -> np.ndarray | list:
-    try:
-        if not path.is_file():
-            found = "something that is not a file" if path.exists() else "no such file"
-            raise _wrong(path, found, expected)
-        size = path.stat().st_size
-        if size == 0:
-            raise _wrong(path, "an empty file", expected)
-        with path.open("rb") as file:
-            shape, fortran_order, dtype = _read_header(file, path, expected)
-            if dtype.hasobject and dtype.kind == "O":
-                start = file.tell()
-                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                    return read_pickle(data[start:], path)
-            if dtype.kind not in "buif" or dtype.itemsize > 8:
-                raise _wrong(path, f"an array of type {dtype}", expected)
-            if any(n < 0 for n in shape):
-                raise _wrong(path, f"an array of shape {shape}", expected)
-            needed = math.prod(shape) * dtype.itemsize
-            if size - file.tell() != needed:
-                found = f"{size - file.tell():,} bytes of data"
-                raise _wrong(
-                    path, found, f"{needed:,} for shape {shape} of type {dtype}"
-                )
-            data = np.fromfile(file, dtype)
-            return data.reshape(shape, order="F" if fortran_order else "C")
-    except OSError as error:
-        raise _wrong(path, error.strerror or str(error), expected) from None
-
-
-def _read_header(
-    file: io.BufferedReader, path: Path, expected: str
-) -> tuple[tuple[int, ...], bool, np.dtype]:
-    readers = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Python 2's headers parse with a warning
-            version = np.lib.format.read_magic(file)
-            if version not in readers:
-                raise _wrong(path, f".npy format version {version}", expected)
-            return readers[version](file)
-    except (DataError, OSError):
-        raise
-    except Exception:
-        raise _wrong(path, "no valid .npy header", expected) from None
-
-
 def _check_images(
-    images: np.ndarray,
-    shapes: tuple[tuple[int, ...], ...],
-    path: Path,
-    what: str,
+    images: np.ndarray, shapes: Shapes, path: Path, what: str
 ) -> np.ndarray:
-    wanted = " or ".join(str(shape) for shape in shapes)
-    if images.shape[1:] not in shapes:
+    """Return images as uint8 0..255, each of the first shape."""
+    if images.shape[1:] not in shapes or len(images) == 0:
         found = f"shape {images.shape} for {what}"
-        raise _wrong(path, found, f"N images of shape {wanted}")
-    if len(images) == 0:
-        raise _wrong(path, f"no image in {what}", "at least one")
-    if images.dtype.kind == "f":
-        # min and max are NaN where any value is.
-        low, high = float(images.min()), float(images.max())
-        if not (low >= 0.0 and high <= 1.0):
-            found = f"values {low:g}..{high:g} in {what}"
-            raise _wrong(path, found, "float 0..1, finite")
-        images = np.concatenate(
-            [
-                np.rint(images[i : i + 4096] * images.dtype.type(255)).astype(np.uint8)
-                for i in range(0, len(images), 4096)
-            ]
-        )
-    elif images.dtype != np.uint8:
-        low, high = int(images.min()), int(images.max())
-        if images.dtype.kind not in "ui" or low < 0 or high > 255:
-            found = f"{images.dtype} values {low}..{high} in {what}"
-            raise _wrong(path, found, "uint8 0..255 or float 0..1")
-        images = images.astype(np.uint8)
+        raise _wrong(path, found, f"N > 0 images of one of the shapes {shapes}")
+    batches = [images[i : i + 4096] for i in range(0, len(images), 4096)]
+    low, high = images.min().item(), images.max().item()  # NaN where any value is
+    is_whole = images.dtype.kind in "ui" or (
+        high > 1 and all(np.array_equal(batch, np.rint(batch)) for batch in batches)
+    )
+    if images.dtype.kind == "b" or not (low >= 0 and high <= (255 if is_whole else 1)):
+        found = f"{images.dtype} values {low:g}..{high:g} in {what}"
+        raise _wrong(path, found, "whole numbers 0..255 or float 0..1")
+    if images.dtype != np.uint8:
+        scale = images.dtype.type(1 if is_whole else 255)
+        batches = [np.rint(batch * scale).astype(np.uint8) for batch in batches]
+        images = np.concatenate(batches)
+    if images.shape[1:] == (3, 28, 28):
+        images = np.moveaxis(images, 1, -1)
     return np.ascontiguousarray(images.reshape(len(images), *shapes[0]))
 
 
 def _check_labels(labels: np.ndarray, count: int, path: Path, what: str) -> np.ndarray:
-    expected = f"({count}, {NUM_CLASSES}) one-hot or ({count},) integers 0..9"
-    if labels.shape not in ((count,), (count, NUM_CLASSES)):
-        raise _wrong(path, f"shape {labels.shape} for {what}", expected)
-    if labels.ndim == 2:
-        is_one_hot = ((labels == 0) | (labels == 1)).all() and (
-            np.count_nonzero(labels, axis=1) == 1
-        ).all()
-        if not is_one_hot:
+    """Return labels as int64 0..9, (count,)."""
+    expected = f"({count}, 10) one-hot or integers 0..9, ({count},) or ({count}, 1)"
+    if labels.shape == (count, NUM_CLASSES):
+        if not np.isin(labels, (0, 1)).all() or (labels.sum(axis=1) != 1).any():
             raise _wrong(path, f"rows that are not one-hot in {what}", expected)
-        return labels.argmax(axis=1).astype(np.int64)
+        labels = labels.argmax(axis=1)
+    if labels.shape not in ((count,), (count, 1)):
+        raise _wrong(path, f"shape {labels.shape} for {what}", expected)
     if not np.isin(labels, np.arange(NUM_CLASSES)).all():
         raise _wrong(path, f"values outside 0..9 in {what}", expected)
-    return labels.astype(np.int64)
+    return labels.astype(np.int64).reshape(count)

@@ -3,11 +3,13 @@
 import hashlib
 import http.server
 import io
-import json
 import struct
+import sys
 import tarfile
 import threading
 import zlib
+
+from utils import describe_source, run_script
 
 import numpy as np
 import pytest
@@ -84,19 +86,72 @@ def test_built_files_load_and_show_the_same_digits(tmp_path, small_digits):
 def test_source_is_recorded_until_the_file_changes(tmp_path, small_digits):
     make_data.build(tmp_path, write_photographs(tmp_path / "photographs"))
     path = tmp_path / "MNIST_M.npy"
-    described = make_data.describe_source(path)
+    described = describe_source(path)
     assert described["digits"] == "small digits"
     assert described["backgrounds"].startswith("3 photographs from a folder")
     assert described["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     path.write_bytes(path.read_bytes() + b"x")
-    assert make_data.describe_source(path)["source"] == "a file as given"
+    assert describe_source(path)["source"] == "a file as given"
 
 
-def test_existing_file_is_left_alone(tmp_path, small_digits):
-    (tmp_path / "data.npy").write_bytes(b"given")
+def test_existing_file_is_left_alone(tmp_path, small_digits, capsys):
+    (tmp_path / "DATA.npy").write_bytes(b"given")
     make_data.build(tmp_path, write_photographs(tmp_path / "photographs"))
-    assert (tmp_path / "data.npy").read_bytes() == b"given"
+    assert "DATA.npy is there and stays as it is." in capsys.readouterr().out
+    assert (tmp_path / "DATA.npy").read_bytes() == b"given"
+    assert not (tmp_path / "data.npy").exists()
     assert not (tmp_path / "data_sources.json").exists()
+
+
+def test_ensure_data_builds_what_is_missing_only(tmp_path, small_digits, capsys):
+    path = tmp_path / "data.npy"
+    assert make_data.ensure_data(path) == path
+    assert f"{path} is missing: building it" in capsys.readouterr().out
+    assert {p.name for p in tmp_path.iterdir()} == {"data.npy", "data_sources.json"}
+    assert make_data.ensure_data(path) == path
+    assert capsys.readouterr().out == ""
+    (tmp_path / "Mnist_M.npy").write_bytes(b"given")
+    found = make_data.ensure_data(tmp_path / "MNIST_M.npy")
+    assert found == tmp_path / "Mnist_M.npy"
+    assert make_data.ensure_data(tmp_path / "other.npy") == tmp_path / "other.npy"
+    assert len(list(tmp_path.iterdir())) == 3
+    (tmp_path / "MNIST_M.npy").write_bytes(b"another")
+    with pytest.raises(DataError, match="keep one"):
+        make_data.ensure_data(tmp_path / "MNIST_M.npy")
+
+
+def test_course_is_200_of_each_digit_in_order(tmp_path, small_digits, monkeypatch):
+    monkeypatch.setattr(make_data, "COURSE_COUNT", 100)
+    for folder, number in (("a", 0), ("b", 0), ("c", 1)):
+        make_data.main(
+            ["--course", "--out", f"{tmp_path / folder}", "--seed", f"{number}"]
+        )
+    a, b, c = (np.load(tmp_path / folder / "data.npy") for folder in "abc")
+    assert (a.shape, a.dtype, a.min(), a.max()) == ((1000, 784), np.float32, 0, 1)
+    np.testing.assert_array_equal(a, b)
+    assert (a != c).any()
+    labels = np.load(tmp_path / "a" / "label.npy")
+    assert labels.dtype == np.uint8
+    np.testing.assert_array_equal(labels, np.repeat(np.arange(10), 100))
+    (images, one_hot), _ = small_digits
+    known = {x.tobytes(): y.argmax() for x, y in zip(images, one_hot, strict=True)}
+    pixels = np.rint(a * 255).astype(np.uint8)
+    assert [known[image.tobytes()] for image in pixels] == list(labels)
+    assert len(np.unique(pixels, axis=0)) > 990
+    described = describe_source(tmp_path / "a" / "data.npy")
+    assert described["source"] == "built by make_data.py --course"
+    assert described["digits"] == "small digits"
+    splits = load_digits(tmp_path / "a" / "data.npy")
+    assert [set(np.bincount(split.labels)) for split in splits] == [{84}, {2}, {14}]
+
+
+@pytest.mark.parametrize("given", ["data.npy", "label.npy", "Label.npy"])
+def test_course_leaves_existing_files_alone(tmp_path, small_digits, capsys, given):
+    (tmp_path / given).write_bytes(b"given")
+    make_data.main(["--course", "--out", str(tmp_path)])
+    assert f"{given} is there and stays as it is" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == [given]
+    assert (tmp_path / given).read_bytes() == b"given"
 
 
 def archive_of_photographs():
@@ -225,21 +280,20 @@ def declaring(width, height):
     ],
 )
 def test_unusable_photograph_is_told_in_one_line(
-    tmp_path, capsys, small_digits, name, content, found
+    tmp_path, small_digits, name, content, found
 ):
     if isinstance(content, bytes):
         (tmp_path / name).write_bytes(content)
     else:
         Image.fromarray(content).save(tmp_path / name)
-    code = make_data.main(["--backgrounds", str(tmp_path), "--out", str(tmp_path)])
-    error = capsys.readouterr().err
-    assert code == 2
-    assert found in error
-    assert error.count("\n") == 1
+    with pytest.raises(DataError) as error:
+        make_data.main(["--backgrounds", str(tmp_path), "--out", str(tmp_path)])
+    assert found in str(error.value)
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "MNIST_M.npy").exists()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(
     in_jpeg=st.booleans(),
     edits=st.lists(
@@ -281,11 +335,31 @@ def test_photographs_of_other_modes_become_rgb(tmp_path, mode):
     assert 60 < decoded.mean() < 200
 
 
-def test_failed_write_leaves_the_old_file_whole(tmp_path):
-    path = tmp_path / "kept.json"
-    path.write_text(json.dumps("old"))
-    with pytest.raises(RuntimeError), make_data.replacing(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
-    assert json.loads(path.read_text()) == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["kept.json"]
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (["--backgrounds", "photographs"], 0, ""),
+        (["--course", "--seed", "-1"], 2, "--seed: found -1, expected 0..4294967295"),
+        (["--course", "--backgrounds", "."], 2, "not allowed with"),
+        (["--backgrounds", "absent"], 2, "absent: found no such folder"),
+        (["--out", "a_file"], 2, "a_file"),
+        (["--backgrounds", "photographs"], 130, "interrupted"),
+    ],
+)
+def test_exit_codes(tmp_path, monkeypatch, capsys, small_digits, arguments, code, told):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_file").touch()
+    write_photographs(tmp_path / "photographs")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    if code == 130:
+        monkeypatch.setattr(make_data, "blend", interrupt)
+    with pytest.raises(SystemExit) as exit_:
+        run_script(lambda: make_data.main(arguments))
+        sys.exit(0)
+    assert exit_.value.code == code
+    error = capsys.readouterr().err
+    assert told in error
+    assert "Traceback" not in error
