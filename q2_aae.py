@@ -3,17 +3,16 @@
     python q2_aae.py
 
 An adversarial autoencoder (Makhzani et al. 2015, arXiv:1511.05644) is an autoencoder
-whose codes are pushed towards a prior p(z), here the standard normal in 100
-dimensions, by a discriminator D that tries to tell codes from draws of the prior. If
-that works, any draw from the prior decodes to a digit. Each training step has three
-stages, each with an Adam of its own:
+whose codes are pushed towards a prior p(z), here the standard normal in 100 dimensions,
+by a discriminator D that tries to tell codes from draws of the prior. If that works,
+any draw decodes to a digit. A training step has three stages, each with its own Adam:
 
 (a) encoder and decoder minimise    L_recons = sum_n ||x_n - xhat_n||
 (b) the discriminator minimises     L_D = -E_z[log D(z)] - E_x[log(1 - D(Enc(x)))]
 (c) the encoder minimises           L_Enc = E_x[log(1 - D(Enc(x)))]
 
-`AdversarialAutoencoder.train_step` holds them. What the assignment leaves open is in
-`Recipe`. With customary choices (`--control`) the same formulas fail: images come back
+`AdversarialAutoencoder.train_step` holds them, `Recipe` what the assignment leaves
+open. With customary choices (`--control`) the same formulas fail: images come back
 sharp, but the codes do not follow the prior. So this script measures whether they do.
 """
 
@@ -31,6 +30,7 @@ import utils
 import keras
 import numpy as np
 import tensorflow as tf
+from scipy import ndimage
 
 import metrics
 import plots
@@ -44,6 +44,8 @@ CODE_DIM = 100
 EPOCHS = 28
 BATCH_SIZE = 128
 LEARNING_RATE = 1.5e-3  # of (a), the highest
+FEW_IMAGES = 10_000  # fewer training images are distorted, and trained on for
+LEAST_STEPS = 5_000  # as many steps at least
 SAMPLES = 10_000  # draws from the prior behind the Fréchet distance and Parzen window
 COMPARED = 500  # images of a kind whose nearest training image is sought
 DISCRIMINATOR_HIDDEN = (400, 400, 400)
@@ -113,9 +115,8 @@ def build_encoder(code_dim: int = CODE_DIM, recipe: Recipe = DEFAULT) -> keras.M
     """Build Enc: images, float32 (N, 784) in [0, 1], to codes, float32 (N, code_dim).
 
     A Gaussian encoder returns a draw from q(z|x), else a point. Its noise has bounds,
-    in the first coordinates, which hold the digits, others than in the rest. Without
-    them one image of large variance could throw all networks off for good, and a
-    coordinate that drowned in noise would never be found again by the decoder.
+    others in the first coordinates, which hold the digits, than in the rest: the
+    decoder would never find again a coordinate that once drowned in noise.
     """
     image = keras.Input((PIXELS,))
     x = perceptron(image, recipe.hidden)
@@ -242,13 +243,7 @@ class AdversarialAutoencoder(keras.Model):
         return self.log(x, restored, loss_d, loss_enc)
 
     def compile(self, learning_rate: float, epochs: int, steps: int) -> None:
-        """Give each stage its Adam.
-
-        Args:
-            learning_rate: of (a), the highest; see `utils.falling_rate`.
-            epochs: of the whole run.
-            steps: training steps in an epoch.
-        """
+        """Give each stage its Adam; `learning_rate` is that of (a), at its highest."""
         recipe = self.recipe
         rate_a = utils.falling_rate(learning_rate, epochs, steps)
         rate_b = recipe.discriminator_rate
@@ -343,10 +338,7 @@ def build_model(
     recipe: Recipe = DEFAULT,
     kind: type[AdversarialAutoencoder] = AdversarialAutoencoder,
 ) -> AdversarialAutoencoder:
-    """Build, start and compile a model for training images (N, 784) in [0, 1].
-
-    `kind` is the class, for the comparisons' variants.
-    """
+    """Build, start and compile a model for training images, float32 (N, 784)."""
     keras.utils.set_random_seed(options.seed)
     model = kind(options.code_dim, recipe)
     if recipe.signal_dimensions:
@@ -354,6 +346,19 @@ def build_model(
     steps = len(images) // options.batch_size
     model.compile(options.learning_rate, options.epochs, steps)
     return model
+
+
+def distort(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Turn, shear, scale and move digits (N, 784) a little, each in its own way."""
+    changed, centre = np.empty_like(images), np.full(2, 13.5)
+    for number, image in enumerate(images.reshape(-1, 28, 28)):
+        turn, shear, *scale = rng.uniform(-1, 1, 4) * (math.pi / 18, 0.1, 0.1, 0.1)
+        rotation = [[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]]
+        matrix = rotation @ np.array([[1, shear], [0, 1]]) * np.exp(scale)
+        offset = centre - matrix @ centre + rng.uniform(-1.5, 1.5, 2)
+        moved = ndimage.affine_transform(image, matrix, offset, order=1)
+        changed[number] = moved.ravel()
+    return changed
 
 
 # Measures --------------------------------------------------------------------------
@@ -387,11 +392,7 @@ def encode(
 def evaluate(
     encoded: Encoded, train: Split, valid: Split, test: Split
 ) -> dict[str, Any]:
-    """Measure reconstruction, prior match and samples on the test images.
-
-    Validation images choose the Parzen window's bandwidth. What needs labels is None
-    where there are none.
-    """
+    """Measure reconstruction, prior match and samples; None where labels lack."""
     codes, restored, samples = encoded.codes, encoded.restored, encoded.samples
     squared = np.square(test.images - restored, dtype=np.float64)
     signal = metrics.signal_coordinates(*encoded.test)
@@ -437,10 +438,7 @@ def draw(
     test: Split,
     seed: int,
 ) -> None:
-    """Draw reconstructions, samples, walks through the latent space, and the codes.
-
-    `prefix` begins the PNGs' paths; `seed` chooses the test images.
-    """
+    """Draw reconstructions, samples, walks through the latent space, and the codes."""
 
     def grid(
         name: str, rows: Sequence[np.ndarray], title: str, labels: Sequence[str] = ()
@@ -509,7 +507,8 @@ def train(run: utils.RunFolder, train: Split, valid: Split) -> AdversarialAutoen
     draw_losses = functools.partial(plots.q2_losses, path, equilibrium=EQUILIBRIUM)
     names = "encoder", "decoder", "discriminator"
     networks = {name: getattr(model, name) for name in names}
-    run.fit(model, networks, train.images, valid.images, draw_losses)
+    change = distort if len(train.images) < FEW_IMAGES else None
+    run.fit(model, networks, train.images, valid.images, draw_losses, change)
     return model
 
 
@@ -540,6 +539,9 @@ def main() -> None:
     options = parse_options()
     options.data = options.data or ensure_data(DATA)
     splits = utils.prepare_splits(load_digits(options.data, options.labels), options)
+    if options.default_epochs:
+        steps = len(splits[0].images) // options.batch_size
+        options.epochs = max(EPOCHS, math.ceil(LEAST_STEPS / steps))
     with utils.RunFolder(options) as run:
         found = measure(run, train(run, *splits[:2]), splits)
         run.write_metrics(found)

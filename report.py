@@ -153,9 +153,19 @@ def q2(metrics: Metrics) -> str:
         found = metrics.get(name)
         if found is None:
             return []
+        draws = found["draws"]
+        low, high = (
+            draws[f"covariance_eigenvalue_{end}"][end == "max"]
+            for end in ("min", "max")
+        )
+        mmd, most = (f"{1e4 * value:.1f}" for value in (found["mmd"], draws["mmd"][1]))
         return [
-            (f"covariance eigenvalues, {where}", eigenvalues(found), "1"),
-            (f"MMD² to the prior times 10⁴, {where}", f"{found['mmd'] * 1e4:.1f}", "0"),
+            (
+                f"covariance eigenvalues, {where}",
+                eigenvalues(found),
+                f"{low:.2g} .. {high:.2g} (true draws)",
+            ),
+            (f"MMD² to the prior · 10⁴, {where}", mmd, f"at most {most} (true draws)"),
         ]
 
     rows = [
@@ -196,7 +206,21 @@ def q2(metrics: Metrics) -> str:
         others = f"{accuracy['pixels']} (pixels), {accuracy['pca_code']} (PCA)"
         rows.append(("digit from 5 nearest neighbours", accuracy["code"], others))
     table = markdown_table(("measure", "this run", "to compare"), rows)
-    return f"{table}\n\n{provenance(metrics)}"
+    return f"{table}\n\n{verdict(metrics)}\n\n{provenance(metrics)}"
+
+
+def verdict(metrics: Metrics) -> str:
+    """Say whether the codes can be told from as many true draws of the prior."""
+    match = metrics.get("signal_match")
+    if match is None:
+        return "No coordinate carries more signal than noise: the codes hold nothing."
+    apart = match["mmd"] > match["draws"]["mmd"][1]
+    return (
+        f"Over the {metrics['signal_dimensions']} signal coordinates the codes "
+        f"{'can' if apart else 'can **not**'} be told from the prior: their MMD² is "
+        f"{'above' if apart else 'not above'} that of each of 19 sets of as many true "
+        "draws."
+    )
 
 
 def number(value: float) -> str:

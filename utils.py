@@ -126,6 +126,7 @@ def complete_options(options: argparse.Namespace, name: str) -> argparse.Namespa
     if not 0 <= options.seed < 2**31:
         raise UsageError(f"--seed: found {options.seed}, expected 0..{2**31 - 1}")
     options.name, base = name, Path("runs/quick" if options.quick else "runs")
+    options.default_epochs = options.epochs is None and not options.quick
     epochs = QUICK_EPOCHS if options.quick else options.full_epochs
     options.epochs = options.epochs or epochs
     options.updates_report = options.figures is None and not options.quick
@@ -244,13 +245,21 @@ def prepare_splits(
     return tuple(prepared)
 
 
+Change = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+
+
 def shuffled_batches(
-    images: np.ndarray, batch_size: int, seed: int, first_epoch: int = 0
+    images: np.ndarray,
+    batch_size: int,
+    seed: int,
+    first_epoch: int = 0,
+    change: Change | None = None,
 ) -> tf.data.Dataset:
     """Return batches without end, each epoch in an order that seed and epoch fix.
 
     A run that is resumed at an epoch sees what a run never interrupted would see. The
-    N mod batch_size images that an epoch's order leaves over are dropped.
+    N mod batch_size images that an epoch's order leaves over are dropped. `change`
+    makes of a batch of images another, at random.
 
     Returns:
         Pairs (x, x), float32 (batch_size, ...): an autoencoder's input and target.
@@ -258,9 +267,11 @@ def shuffled_batches(
 
     def batches() -> Iterator[np.ndarray]:
         for epoch in itertools.count(first_epoch):
-            order = np.random.default_rng([seed, epoch]).permutation(len(images))
+            rng = np.random.default_rng([seed, epoch])
+            order = rng.permutation(len(images))
             for start in range(0, len(images) - batch_size + 1, batch_size):
-                yield images[order[start : start + batch_size]]
+                batch = images[order[start : start + batch_size]]
+                yield batch if change is None else change(batch, rng)
 
     signature = tf.TensorSpec((batch_size, *images.shape[1:]), tf.float32)
     dataset = tf.data.Dataset.from_generator(batches, output_signature=signature)
@@ -344,6 +355,7 @@ class RunFolder:
     def _settle(self) -> None:
         """Write the settings of a new run; compare those of a resumed one."""
         own = {"name", "data", "figures", "run_dir", "resume", "updates_report"}
+        own |= {"full_epochs", "default_epochs"}
         settings = {k: v for k, v in vars(self.options).items() if k not in own}
         settings["data"] = self.source["sha256"]
         settings = json.loads(json.dumps(settings))  # compared as the file has them
@@ -379,6 +391,7 @@ class RunFolder:
         train: np.ndarray,
         valid: np.ndarray,
         draw: Callable[[dict[str, np.ndarray]], None],
+        change: Change | None = None,
     ) -> None:
         """Train a model, keeping a checkpoint and the history after each epoch.
 
@@ -390,19 +403,21 @@ class RunFolder:
             train: float32 (N, ...) in [0, 1], training images.
             valid: float32 (M, ...) in [0, 1], validation images.
             draw: draws the history.
+            change: as in `shuffled_batches`.
 
         Raises:
             UsageError: a loss is no longer finite, or the checkpoint is damaged.
         """
         options = self.options
-        steps = len(train) // options.batch_size
+        batch_size, seed = options.batch_size, options.seed
+        steps = len(train) // batch_size
         done = self._restore(model, steps)
         self.lap("data")
         print(f"Training: {options.epochs} epochs of {steps} steps.", flush=True)
         try:
             if done < options.epochs:
                 model.fit(
-                    shuffled_batches(train, options.batch_size, options.seed, done),
+                    shuffled_batches(train, batch_size, seed, done, change),
                     epochs=options.epochs,
                     initial_epoch=done,
                     steps_per_epoch=steps,
