@@ -27,6 +27,7 @@ from read_MNIST_M import Split
 # The Parzen window's bandwidths that are tried, in units of a pixel's range.
 PARZEN_SIGMAS = np.geomspace(0.08, 0.4, 15)
 LOOKED_UP = 2_500  # test codes whose neighbours are sought: all 10,000 take long
+COMPARED = 500  # images of a kind whose nearest training image is sought
 TRUSTED = 3_000  # codes on whose map the trustworthiness is measured
 NULL_DRAWS = 19  # sets of true draws that codes are judged by: one in twenty by chance
 MMD_SIZE = 2_000  # codes, and draws, that an MMD compares
@@ -81,6 +82,8 @@ def knn_accuracy(
     vote = KNeighborsClassifier(min(neighbours, len(train_labels)), algorithm="brute")
     accuracy = {}
     for name, (known, asked) in spaces.items():
+        if not known.shape[1]:
+            continue
         vote.fit(known.reshape(len(known), -1), train_labels)
         asked = asked[chosen].reshape(len(chosen), -1)
         accuracy[name] = float(vote.score(asked, test_labels[chosen]))
@@ -99,10 +102,19 @@ def nearest(
     return indices[:, 0], distances[:, 0]
 
 
-def nearest_medians(train_images: np.ndarray, **others: np.ndarray) -> dict[str, float]:
-    """Return the median distance to the nearest training image, by set of images."""
-    found = {name: nearest(train_images, images)[1] for name, images in others.items()}
-    return {name: float(np.median(distances)) for name, distances in found.items()}
+def nearest_medians(
+    train_images: np.ndarray,
+    samples: np.ndarray,
+    test_images: np.ndarray,
+    restored: np.ndarray,
+) -> dict[str, float]:
+    """Return the median distance to the nearest training image, of `COMPARED` each."""
+    names = "samples", "test_images", "test_reconstructions"
+    distances = [
+        nearest(train_images, images[:COMPARED])[1]
+        for images in (samples, test_images, restored)
+    ]
+    return {n: float(np.median(d)) for n, d in zip(names, distances, strict=True)}
 
 
 def tsne_map(codes: np.ndarray, seed: int) -> tuple[np.ndarray, float]:

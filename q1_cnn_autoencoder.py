@@ -77,12 +77,7 @@ def build_autoencoder(
 ) -> keras.Model:
     """Build the autoencoder, its halves the layers `encoder` and `decoder`.
 
-    Args:
-        code_dim: numbers in the code.
-        activation: of the hidden layers.
-
-    Returns:
-        A model from float32 images (N, 28, 28, 3) in [0, 1] to the same.
+    It maps images, float32 (N, 28, 28, 3) in [0, 1], to the same.
     """
     image = keras.Input((28, 28, 3))
     code = build_encoder(code_dim, activation)(image)

@@ -47,7 +47,6 @@ LEARNING_RATE = 1.5e-3  # of (a), the highest
 FEW_IMAGES = 10_000  # fewer training images are distorted, and trained on for
 LEAST_STEPS = 5_000  # as many steps at least
 SAMPLES = 10_000  # draws from the prior behind the Fréchet distance and Parzen window
-COMPARED = 500  # images of a kind whose nearest training image is sought
 DISCRIMINATOR_HIDDEN = (400, 400, 400)
 START_NOISE = 0.25  # standard deviation of q(z|x) where the digits are, at the start
 MOST_NOISE = 0.5  # there, later
@@ -156,7 +155,6 @@ def build_discriminator(code_dim: int = CODE_DIM) -> keras.Model:
     return keras.Model(code, logit, name="discriminator")
 
 
-# Losses ----------------------------------------------------------------------------
 # From logits: log D = -softplus(-logit) and log(1 - D) = -softplus(logit) can't
 # overflow, as the logarithm of a probability that rounds to 0 would.
 
@@ -361,7 +359,7 @@ def distort(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return changed
 
 
-# Measures --------------------------------------------------------------------------
+# Measures and figures --------------------------------------------------------------
 
 
 class Encoded(NamedTuple):
@@ -407,27 +405,24 @@ def evaluate(
             judge, *encoded.train, codes
         ),
         "nearest_training_image": metrics.nearest_medians(
-            train.images,
-            samples=samples[:COMPARED],
-            test_images=test.images[:COMPARED],
-            test_reconstructions=restored[:COMPARED],
+            *(train.images, samples, test.images, restored)
         ),
         **metrics.parzen_log_likelihood(samples, valid.images, test.images),
         **metrics.frechet_distances(train, test, restored, samples),
         "knn_accuracy": None,
     }
     if train.labels is not None:
-        pca = metrics.fit_pca(train.images, codes.shape[1])
+        pca, few = metrics.fit_pca(train.images, codes.shape[1]), int(signal.sum())
+        scores = [pca.transform(split.images) for split in (train, test)]
         spaces = {
             "code": (encoded.train[0], encoded.test[0]),
-            "pca_code": (pca.transform(train.images), pca.transform(test.images)),
+            "signal": [m[:, signal] for m, _ in (encoded.train, encoded.test)],
+            "pca_code": scores,
+            "pca_signal": [each[:, :few] for each in scores],
             "pixels": (train.images, test.images),
         }
         found["knn_accuracy"] = metrics.knn_accuracy(spaces, train.labels, test.labels)
     return found
-
-
-# Figures ---------------------------------------------------------------------------
 
 
 def draw(
@@ -505,8 +500,8 @@ def train(run: utils.RunFolder, train: Split, valid: Split) -> AdversarialAutoen
     model = build_model(options, train.images, recipe)
     path = options.figures / f"{options.name}_losses.png"
     draw_losses = functools.partial(plots.q2_losses, path, equilibrium=EQUILIBRIUM)
-    names = "encoder", "decoder", "discriminator"
-    networks = {name: getattr(model, name) for name in names}
+    networks = {"encoder": model.encoder, "decoder": model.decoder}
+    networks["discriminator"] = model.discriminator
     change = distort if len(train.images) < FEW_IMAGES else None
     run.fit(model, networks, train.images, valid.images, draw_losses, change)
     return model

@@ -163,7 +163,7 @@ def q2(metrics: Metrics) -> str:
             (
                 f"covariance eigenvalues, {where}",
                 eigenvalues(found),
-                f"{low:.2g} .. {high:.2g} (true draws)",
+                f"{low:.3g} .. {high:.3g} (true draws)",
             ),
             (f"MMD² to the prior · 10⁴, {where}", mmd, f"at most {most} (true draws)"),
         ]
@@ -203,8 +203,12 @@ def q2(metrics: Metrics) -> str:
     ]
     if metrics["knn_accuracy"] is not None:
         accuracy = {key: percent(x) for key, x in metrics["knn_accuracy"].items()}
+        name = "digit from 5 nearest neighbours"
         others = f"{accuracy['pixels']} (pixels), {accuracy['pca_code']} (PCA)"
-        rows.append(("digit from 5 nearest neighbours", accuracy["code"], others))
+        rows.append((f"{name}, all coordinates", accuracy["code"], others))
+        if "signal" in accuracy:
+            others = f"{accuracy['pca_signal']} (PCA of as many)"
+            rows.append((f"{name}, signal coordinates", accuracy["signal"], others))
     table = markdown_table(("measure", "this run", "to compare"), rows)
     return f"{table}\n\n{verdict(metrics)}\n\n{provenance(metrics)}"
 
@@ -231,7 +235,7 @@ def number(value: float) -> str:
 def eigenvalues(match: Metrics) -> str:
     """Return the least and the largest eigenvalue of the codes' covariance."""
     low, high = (match[f"covariance_eigenvalue_{end}"] for end in ("min", "max"))
-    return f"{low:.2g} .. {high:.2g}"
+    return f"{low:.3g} .. {high:.3g}"
 
 
 def q2_rows(metrics: Metrics, long: bool) -> str:

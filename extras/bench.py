@@ -5,8 +5,8 @@
     python -m extras.bench --against torch   # beside PyTorch, both on the CPU
 
 Speeds are medians over rounds in which all contestants take turns, for a machine's
-speed drifts. The rate of large matrix products, measured in the same turns, says how
-fast the machine was. Each question is measured in a process of its own.
+speed drifts. The rate of large matrix products is measured in the same turns, to tell
+machines apart. Each question has a process of its own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import timeit
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import utils
@@ -35,7 +35,7 @@ import q1_cnn_autoencoder as q1
 import q2_aae as q2
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor, nn
 
 SIZE = 4096  # of the square matrices that are multiplied
 IMAGES = 4096  # random ones that the steps train on
@@ -68,23 +68,21 @@ def keras_step(question: str) -> Callable[[], Any]:
         model, shape = q2.AdversarialAutoencoder(recipe=q2.DEFAULT), (q2.PIXELS,)
         model.compile(q2.LEARNING_RATE, q2.EPOCHS, EPOCH_STEPS)
     images = np.random.default_rng(0).random((IMAGES, *shape), np.float32)
-    size = SCRIPTS[question].BATCH_SIZE
-    batches = iter(utils.shuffled_batches(images, size, seed=0))
+    batches = iter(utils.shuffled_batches(images, SCRIPTS[question].BATCH_SIZE, 0))
     model.make_train_function()
     # Reading the losses waits for a GPU.
     return lambda: keras.tree.map_structure(float, model.train_function(batches))
 
 
 def take_turns(
-    contestants: Mapping[str, Callable[[], Any]], rounds: int
+    contestants: dict[str, Callable[[], Any]], rounds: int
 ) -> dict[str, float]:
     """Call contestants in turn; return the median seconds of a call of each."""
     seconds = {name: [] for name in contestants}
-    for _ in range(1 + rounds):
+    for _ in range(1 + rounds):  # the first compiles
         for name, call in contestants.items():
             calls, passed = timeit.Timer(call).autorange()
             seconds[name].append(passed / calls)
-    # The first round compiles.
     return {name: statistics.median(each[1:]) for name, each in seconds.items()}
 
 
@@ -112,10 +110,7 @@ def measure(question: str, options: argparse.Namespace) -> dict[str, float]:
     print(f"Measuring {question}: a minute or more.", file=sys.stderr)
     # First: a child's peak memory counts what its parent held when it started.
     found = {} if options.steps_only else whole_script(question)
-    others = {}
-    if options.against:
-        tf.config.set_visible_devices([], "GPU")
-        others = torch_steps(question)
+    others = torch_steps(question) if options.against else {}
     a, b = tf.random.normal((2, SIZE, SIZE))
     ours = {"products": lambda: float((a @ b)[0, 0]), "keras": keras_step(question)}
     seconds = take_turns(ours | others, options.rounds)
@@ -131,37 +126,25 @@ def measure(question: str, options: argparse.Namespace) -> dict[str, float]:
 
 
 def torch_steps(question: str) -> dict[str, Callable[[], None]]:
-    """Return what takes a question's training step, "eager" and, if it can, "compile".
-
-    `torch.compile` needs a C++ compiler, among others.
-    """
+    """Return what takes a training step eagerly and, where that works, compiled."""
     import torch
 
+    tf.config.set_visible_devices([], "GPU")  # Keras has the CPU, as PyTorch here
     torch.set_num_threads(joblib.cpu_count())
     torch.set_flush_denormal(True)  # as TensorFlow does
-    if question == "q1":
-        build, images = torch_q1, torch.rand(IMAGES, 3, 28, 28)
-        images = images.contiguous(memory_format=torch.channels_last)
-    else:
-        build, images = torch_q2, torch.rand(IMAGES, q2.PIXELS)
-    size = SCRIPTS[question].BATCH_SIZE
-
-    def on_batches(train: Callable[[torch.Tensor], None]) -> Callable[[], None]:
-        return lambda: train(images[torch.randint(IMAGES, (size,))])
-
-    steps = {"eager": on_batches(build(lambda loss: loss))}
-    compiled = on_batches(build(torch.compile))
+    build = {"q1": torch_q1, "q2": torch_q2}[question]
+    steps = {"torch_eager": build(lambda loss: loss)}
+    compiled = build(torch.compile)
     try:
         compiled()
-        steps["compile"] = compiled
-    except Exception as error:  # of many kinds
-        text = " ".join(str(error).split())[:200]
-        print(f"{question}: torch.compile failed: {text}", file=sys.stderr)
+        steps["torch_compile"] = compiled
+    except Exception as error:  # of many kinds: no C++ compiler, say
+        print(f"{question}: torch.compile failed: {error!r:.200}", file=sys.stderr)
     return steps
 
 
-def torch_q1(compiled: Callable) -> Callable[[torch.Tensor], None]:
-    """Build question 1's training step, its loss passed through `compiled`."""
+def torch_q1(compiled: Callable) -> Callable[[], None]:
+    """Return question 1's training step, its loss passed through `compiled`."""
     import torch
     from torch import nn
 
@@ -184,111 +167,105 @@ def torch_q1(compiled: Callable) -> Callable[[torch.Tensor], None]:
     ).to(memory_format=torch.channels_last)
     adam = torch.optim.Adam(network.parameters(), q1.LEARNING_RATE, fused=True)
     mse = compiled(lambda x: nn.functional.mse_loss(network(x), x))
+    images = torch.rand(IMAGES, 28, 28, 3).permute(0, 3, 1, 2)
 
-    def train(x: torch.Tensor) -> None:
+    def step() -> None:
         adam.zero_grad()
-        mse(x).backward()
+        mse(images[torch.randint(IMAGES, (q1.BATCH_SIZE,))]).backward()
         nn.utils.clip_grad_norm_(network.parameters(), q1.CLIP_NORM)
         adam.step()
 
-    return train
+    return step
 
 
-def torch_q2(compiled: Callable) -> Callable[[torch.Tensor], None]:
-    """Build question 2's training step, its losses passed through `compiled`."""
+def torch_q2(compiled: Callable) -> Callable[[], None]:
+    """Return question 2's training step, its losses passed through `compiled`."""
+    import torch
     from torch import nn, optim
 
     def dense(*widths: int) -> nn.ModuleList:
         return nn.ModuleList(nn.Linear(*pair) for pair in itertools.pairwise(widths))
 
-    recipe, dim, rate = q2.DEFAULT, q2.CODE_DIM, q2.LEARNING_RATE
+    recipe, dim = q2.DEFAULT, q2.CODE_DIM
     encoder = dense(q2.PIXELS, *recipe.hidden, 2 * dim)
     decoder = dense(dim, *recipe.hidden, q2.PIXELS)
     judge = dense(dim, *q2.DISCRIMINATOR_HIDDEN, 1)
-    both, decay = [*encoder.parameters(), *decoder.parameters()], recipe.weight_decay
-    coder, epsilon = encoder.parameters(), recipe.encoder_epsilon
+    losses = [compiled(loss) for loss in torch_q2_losses((encoder, decoder, judge))]
+    coder, both = encoder.parameters(), nn.ModuleList([encoder, decoder]).parameters()
     common = {"betas": (recipe.momentum, 0.999), "fused": True}
+    decay, epsilon = recipe.weight_decay, recipe.encoder_epsilon
     optimizers = (
-        optim.AdamW(both, rate, weight_decay=decay, **common),
+        optim.AdamW(both, q2.LEARNING_RATE, weight_decay=decay, **common),
         optim.Adam(judge.parameters(), recipe.discriminator_rate, **common),
         optim.Adam(coder, recipe.encoder_rate, eps=epsilon, **common),
     )
-    losses = [compiled(loss) for loss in torch_q2_losses(encoder, decoder, judge)]
+    images = torch.rand(IMAGES, q2.PIXELS)
 
-    def train(x: torch.Tensor) -> None:
+    def step() -> None:
+        x = images[torch.randint(IMAGES, (q2.BATCH_SIZE,))]
         for stage, loss, optimizer in zip("abc", losses, optimizers, strict=True):
             judge.requires_grad_(stage == "b")
             optimizer.zero_grad()
             loss(x).backward()
             optimizer.step()
 
-    return train
+    return step
 
 
-def torch_q2_losses(
-    encoder: torch.nn.ModuleList,
-    decoder: torch.nn.ModuleList,
-    judge: torch.nn.ModuleList,
-) -> tuple[Callable[[torch.Tensor], torch.Tensor], ...]:
-    """Return the losses of the stages (a), (b) and (c), functions of a batch."""
+def torch_q2_losses(networks: Sequence[nn.ModuleList]) -> list[Callable]:
+    """Return the losses of a batch in the stages (a), (b) and (c)."""
     import torch
     from torch.nn.functional import gelu, softplus
 
+    encoder, decoder, judge = networks
     bounds = q2.build_encoder(recipe=q2.DEFAULT).get_layer("log_variance")
     least, span = torch.tensor(bounds.offset), torch.tensor(bounds.scale)
 
-    def perceptron(
-        layers: torch.nn.ModuleList, x: torch.Tensor, skips: bool = False
-    ) -> torch.Tensor:
+    def perceptron(layers: nn.ModuleList, x: Tensor, skips: bool = False) -> Tensor:
         for number, layer in enumerate(layers[:-1]):
             x = x + gelu(layer(x)) if skips and number else gelu(layer(x))
         return layers[-1](x)
 
-    def encode(x: torch.Tensor) -> torch.Tensor:
+    def encode(x: Tensor) -> Tensor:
         mean, share = perceptron(encoder, x).chunk(2, dim=1)
         log_variance = least + span * torch.sigmoid(share)
         return mean + torch.exp(log_variance / 2) * torch.randn_like(mean)
 
-    def reconstruction(x: torch.Tensor) -> torch.Tensor:
+    def reconstruction_loss(x: Tensor) -> Tensor:
         logits = perceptron(decoder, encode(x), q2.DEFAULT.decoder_skips)
         return (torch.sigmoid(logits) - x).norm(dim=1).sum()
 
-    def discrimination(x: torch.Tensor) -> torch.Tensor:
+    def discriminator_loss(x: Tensor) -> Tensor:
         with torch.no_grad():
             codes = encode(x)
         z = torch.randn_like(codes)
         logits, pull_back = torch.func.vjp(lambda z: perceptron(judge, z), z)
         (slope,) = pull_back(torch.ones_like(logits))
-        penalty = q2.DEFAULT.slope_penalty * slope.square().sum(dim=1).mean() / 2
         loss = softplus(-logits).mean() + softplus(perceptron(judge, codes)).mean()
-        return loss + penalty
+        return loss + q2.DEFAULT.slope_penalty * slope.square().sum(dim=1).mean() / 2
 
-    def deception(x: torch.Tensor) -> torch.Tensor:
+    def encoder_loss(x: Tensor) -> Tensor:
         return -softplus(perceptron(judge, encode(x))).mean()
 
-    return reconstruction, discrimination, deception
+    return [reconstruction_loss, discriminator_loss, encoder_loss]
 
 
 # Main ------------------------------------------------------------------------------
 
 
-def measure_apart(question: str) -> dict[str, float]:
-    """Measure a question by this command in a process of its own."""
-    command = [sys.executable, "-m", "extras.bench", *sys.argv[1:]]
-    command += ["--json", "--question", question]
-    done = subprocess.run(command, stdout=subprocess.PIPE)
-    if done.returncode:
-        raise utils.UsageError(f"{question} could not be measured, as said above")
-    return json.loads(done.stdout)[question]
-
-
 def main() -> None:
     """Measure and print."""
-    options = parse_options()
-    if options.question is None:
-        found = {question: measure_apart(question) for question in SCRIPTS}
-    else:
-        found = {options.question: measure(options.question, options)}
+    options, found = parse_options(), {}
+    for question in (options.question,) if options.question else SCRIPTS:
+        if options.question:
+            found[question] = measure(question, options)
+            continue
+        command = [sys.executable, "-m", "extras.bench", *sys.argv[1:]]
+        command += ["--json", "--question", question]
+        done = subprocess.run(command, stdout=subprocess.PIPE)
+        if done.returncode:
+            sys.exit(done.returncode)  # it has said why
+        found |= json.loads(done.stdout)
     if options.json:
         print(json.dumps(found, indent=2))
         return
