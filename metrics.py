@@ -219,6 +219,8 @@ def great_arc(start: np.ndarray, end: np.ndarray, steps: int) -> np.ndarray:
     """
     start, end = start.astype(np.float64), end.astype(np.float64)
     t = np.linspace(0.0, 1.0, steps)
+    if len(start) == 1:  # no arc
+        return np.linspace(start, end, steps)
     first, last = np.linalg.norm(start), np.linalg.norm(end)
     directions = geometric_slerp(start / first, end / last, t)
     return directions * ((1 - t) * first + t * last)[:, np.newaxis]

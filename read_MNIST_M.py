@@ -116,10 +116,11 @@ def load_digits(
             raise _wrong(path, "labels of its own", f"none besides {labels}")
         return _check_pairs(content, DIGIT_SHAPES, path)
     images = _check_images(content, DIGIT_SHAPES, path, "the array")
-    beside = find_file(path.with_name("label.npy"))
-    if labels is None and not beside.exists():
-        return _split(images, None, path)
-    labels_path, numbers = _read(labels or beside, None)
+    if labels is None:
+        labels = find_file(path.with_name("label.npy"))
+        if not labels.exists():
+            return _split(images, None, path)
+    labels_path, numbers = _read(labels, None)
     what = f"the labels of {path.name}"
     return _split(images, _check_labels(numbers, len(images), labels_path, what), path)
 

@@ -308,6 +308,9 @@ def update(figures: Path = Path("figures"), report: Path = Path("report.md")) ->
     try:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(report)
+    except OSError as error:
+        error.filename = str(report)  # a full disk does not say where
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

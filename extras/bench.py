@@ -4,9 +4,8 @@
     python -m extras.bench --steps-only      # the training steps alone
     python -m extras.bench --against torch   # beside PyTorch, both on the CPU
 
-Speeds are medians over rounds in which all contestants take turns, for a machine's
-speed drifts. The rate of large matrix products is measured in the same turns, to tell
-machines apart. Each question has a process of its own.
+All contestants take turns, for a machine's speed drifts; their medians count. Large
+matrix products take turns too. Each question is measured in a process of its own.
 """
 
 from __future__ import annotations
@@ -15,11 +14,9 @@ import argparse
 import importlib.util
 import itertools
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import timeit
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -39,7 +36,6 @@ if TYPE_CHECKING:
 
 SIZE = 4096  # of the square matrices that are multiplied
 IMAGES = 4096  # random ones that the steps train on
-EPOCH_STEPS = 460  # of a default run; the learning rates depend on them
 SCRIPTS = {"q1": q1, "q2": q2}
 
 
@@ -51,39 +47,35 @@ def parse_options() -> argparse.Namespace:
     add("--against", choices=("torch",), help="train in PyTorch too; install it before")
     add("--steps-only", action="store_true", help="leave out the scripts (minutes)")
     add("--question", choices=tuple(SCRIPTS), help="measure it alone (default: both)")
-    text = "turns of each contestant (default: %(default)s)"
-    add("--rounds", type=utils.positive_int, default=15, metavar="N", help=text)
+    add("--rounds", type=utils.positive_int, default=15, help="turns (default: 15)")
     options = parser.parse_args()
     if options.against and importlib.util.find_spec("torch") is None:
-        raise utils.UsageError("--against torch: found no PyTorch, expected torch")
+        raise utils.UsageError("--against torch: found no package torch, install it")
     return options
 
 
 def keras_step(question: str) -> Callable[[], Any]:
-    """Return what takes a training step as `model.fit` does, at default settings."""
+    """Return what takes a training step as `model.fit` does; it waits for a GPU."""
     if question == "q1":
         model, shape = q1.build_autoencoder(), (28, 28, 3)
-        q1.compile_autoencoder(model, q1.LEARNING_RATE, q1.EPOCHS, EPOCH_STEPS)
+        q1.compile_autoencoder(model, q1.LEARNING_RATE, q1.EPOCHS, steps=460)
     else:
         model, shape = q2.AdversarialAutoencoder(recipe=q2.DEFAULT), (q2.PIXELS,)
-        model.compile(q2.LEARNING_RATE, q2.EPOCHS, EPOCH_STEPS)
+        model.compile(q2.LEARNING_RATE, q2.EPOCHS, steps=460)
     images = np.random.default_rng(0).random((IMAGES, *shape), np.float32)
     batches = iter(utils.shuffled_batches(images, SCRIPTS[question].BATCH_SIZE, 0))
     model.make_train_function()
-    # Reading the losses waits for a GPU.
     return lambda: keras.tree.map_structure(float, model.train_function(batches))
 
 
-def take_turns(
-    contestants: dict[str, Callable[[], Any]], rounds: int
-) -> dict[str, float]:
+def take_turns(contestants: dict[str, Callable], rounds: int) -> dict[str, float]:
     """Call contestants in turn; return the median seconds of a call of each."""
     seconds = {name: [] for name in contestants}
     for _ in range(1 + rounds):  # the first compiles
         for name, call in contestants.items():
             calls, passed = timeit.Timer(call).autorange()
             seconds[name].append(passed / calls)
-    return {name: statistics.median(each[1:]) for name, each in seconds.items()}
+    return {name: float(np.median(each[1:])) for name, each in seconds.items()}
 
 
 def whole_script(question: str) -> dict[str, float]:
@@ -92,10 +84,10 @@ def whole_script(question: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, path, "--epochs", "1", "--data", data]
         command += ["--figures", folder, "--run-dir", folder]
-        started = time.perf_counter()
+        started = timeit.default_timer()
         if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
             raise utils.UsageError(f"{path} failed, as said above")
-        found = {"one_epoch_seconds": time.perf_counter() - started}
+        found = {"one_epoch_seconds": timeit.default_timer() - started}
     try:
         import resource
     except ImportError:  # Windows
@@ -107,7 +99,7 @@ def whole_script(question: str) -> dict[str, float]:
 
 def measure(question: str, options: argparse.Namespace) -> dict[str, float]:
     """Measure what the command line asks for, of one question."""
-    print(f"Measuring {question}: a minute or more.", file=sys.stderr)
+    print(f"Measuring {question}: some minutes.", file=sys.stderr)
     # First: a child's peak memory counts what its parent held when it started.
     found = {} if options.steps_only else whole_script(question)
     others = torch_steps(question) if options.against else {}
@@ -180,8 +172,7 @@ def torch_q1(compiled: Callable) -> Callable[[], None]:
 
 def torch_q2(compiled: Callable) -> Callable[[], None]:
     """Return question 2's training step, its losses passed through `compiled`."""
-    import torch
-    from torch import nn, optim
+    from torch import nn, optim, rand, randint
 
     def dense(*widths: int) -> nn.ModuleList:
         return nn.ModuleList(nn.Linear(*pair) for pair in itertools.pairwise(widths))
@@ -199,10 +190,10 @@ def torch_q2(compiled: Callable) -> Callable[[], None]:
         optim.Adam(judge.parameters(), recipe.discriminator_rate, **common),
         optim.Adam(coder, recipe.encoder_rate, eps=epsilon, **common),
     )
-    images = torch.rand(IMAGES, q2.PIXELS)
+    images = rand(IMAGES, q2.PIXELS)
 
     def step() -> None:
-        x = images[torch.randint(IMAGES, (q2.BATCH_SIZE,))]
+        x = images[randint(IMAGES, (q2.BATCH_SIZE,))]
         for stage, loss, optimizer in zip("abc", losses, optimizers, strict=True):
             judge.requires_grad_(stage == "b")
             optimizer.zero_grad()
@@ -222,9 +213,10 @@ def torch_q2_losses(networks: Sequence[nn.ModuleList]) -> list[Callable]:
     least, span = torch.tensor(bounds.offset), torch.tensor(bounds.scale)
 
     def perceptron(layers: nn.ModuleList, x: Tensor, skips: bool = False) -> Tensor:
-        for number, layer in enumerate(layers[:-1]):
+        *hidden, last = layers
+        for number, layer in enumerate(hidden):
             x = x + gelu(layer(x)) if skips and number else gelu(layer(x))
-        return layers[-1](x)
+        return last(x)
 
     def encode(x: Tensor) -> Tensor:
         mean, share = perceptron(encoder, x).chunk(2, dim=1)
@@ -256,16 +248,16 @@ def torch_q2_losses(networks: Sequence[nn.ModuleList]) -> list[Callable]:
 def main() -> None:
     """Measure and print."""
     options, found = parse_options(), {}
-    for question in (options.question,) if options.question else SCRIPTS:
-        if options.question:
-            found[question] = measure(question, options)
-            continue
-        command = [sys.executable, "-m", "extras.bench", *sys.argv[1:]]
-        command += ["--json", "--question", question]
-        done = subprocess.run(command, stdout=subprocess.PIPE)
-        if done.returncode:
-            sys.exit(done.returncode)  # it has said why
-        found |= json.loads(done.stdout)
+    if options.question:
+        found[options.question] = measure(options.question, options)
+    else:
+        for question in SCRIPTS:
+            command = [sys.executable, "-m", "extras.bench", *sys.argv[1:], "--json"]
+            command += ["--question", question]
+            done = subprocess.run(command, stdout=subprocess.PIPE)
+            if done.returncode:
+                sys.exit(done.returncode)  # it has said why
+            found |= json.loads(done.stdout)
     if options.json:
         print(json.dumps(found, indent=2))
         return

@@ -42,9 +42,7 @@ class Row(NamedTuple):
     """A row of the report's tables."""
 
     title: str
-    build: (
-        Callable  # of the completed options and the training images: a compiled model
-    )
+    build: Callable  # of completed options and training images: a compiled model
     changes: Mapping[str, Any] = {}  # of the options
     short: bool = False  # trained for a part of the default's epochs
 

@@ -1,4 +1,8 @@
-"""Tiny real data: scikit-learn's digits, and its photographs behind them."""
+"""Tiny real data, and how a script is run and refuses."""
+
+import sys
+
+import utils
 
 import numpy as np
 import pytest
@@ -38,3 +42,24 @@ def tiny_data(tmp_path_factory):
         )
         save_pairs(folder / f"{name}.npy", list(parts))
     return folder
+
+
+@pytest.fixture
+def refused(capsys, monkeypatch):
+    """Return a function that runs a `main` in this process and returns its one line.
+
+    It checks that the exit code is 2 and that standard error holds this line alone.
+    """
+
+    def run(main, *arguments):
+        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            utils.run_script(main)
+        assert ended.value.code == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1, error
+        assert error.startswith("script.py: ")
+        return error
+
+    return run

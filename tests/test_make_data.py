@@ -115,6 +115,8 @@ def test_ensure_data_builds_what_is_missing_only(tmp_path, small_digits, capsys)
     assert found == tmp_path / "Mnist_M.npy"
     assert make_data.ensure_data(tmp_path / "other.npy") == tmp_path / "other.npy"
     assert len(list(tmp_path.iterdir())) == 3
+    built = make_data.ensure_data(tmp_path / "new" / "DATA.npy")
+    assert built == tmp_path / "new" / "data.npy"
     (tmp_path / "MNIST_M.npy").write_bytes(b"another")
     with pytest.raises(DataError, match="keep one"):
         make_data.ensure_data(tmp_path / "MNIST_M.npy")
@@ -156,16 +158,16 @@ def test_course_leaves_existing_files_alone(tmp_path, small_digits, capsys, give
 
 def archive_of_photographs():
     """An archive like BSDS500's, with traps that unpacking would fall into."""
-    packed = io.BytesIO()
-    digest = hashlib.sha256()
+    packed, jpegs = io.BytesIO(), []
+    for number in range(2):
+        file = io.BytesIO()
+        Image.fromarray(photograph(number)).save(file, "JPEG")
+        jpegs.append(file.getvalue())
     with tarfile.open(fileobj=packed, mode="w:gz") as tar:
-        for number in range(2):
-            jpeg = io.BytesIO()
-            Image.fromarray(photograph(number)).save(jpeg, "JPEG")
-            digest.update(jpeg.getvalue())
+        for number in (1, 0):  # an archive need not be in order
             member = tarfile.TarInfo(f"{make_data.BSDS_FOLDER}{number}.jpg")
-            member.size = len(jpeg.getvalue())
-            tar.addfile(member, io.BytesIO(jpeg.getvalue()))
+            member.size = len(jpegs[number])
+            tar.addfile(member, io.BytesIO(jpegs[number]))
         for name in ("../outside.jpg", "/tmp/outside.jpg"):
             outside = tarfile.TarInfo(name)
             outside.size = 3
@@ -173,7 +175,7 @@ def archive_of_photographs():
         link = tarfile.TarInfo(f"{make_data.BSDS_FOLDER}link.jpg")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
-    return packed.getvalue(), digest.hexdigest()
+    return packed.getvalue(), hashlib.sha256(b"".join(jpegs)).hexdigest()
 
 
 @pytest.fixture
@@ -363,3 +365,10 @@ def test_exit_codes(tmp_path, monkeypatch, capsys, small_digits, arguments, code
     error = capsys.readouterr().err
     assert told in error
     assert "Traceback" not in error
+
+
+def test_photographs_are_taken_in_the_order_of_their_names(tmp_path, monkeypatch):
+    paths = sorted(write_photographs(tmp_path).iterdir(), reverse=True)
+    monkeypatch.setattr(make_data.Path, "iterdir", lambda _: iter(paths))
+    photographs, _ = make_data.find_backgrounds(tmp_path)
+    np.testing.assert_array_equal(photographs[0], photograph(0))

@@ -14,21 +14,375 @@ import q2_aae as q2
 
 RNG = np.random.default_rng(0)
 IMAGES = utils.unit_floats(tiny_digits()[0].reshape(-1, 784))
-STAGES = "optimizer", "discriminator_optimizer", "encoder_optimizer"
-NETWORKS = "encoder", "decoder", "discriminator"
+BATCH = tf.constant(IMAGES[:64])
+SMALL = q2.DEFAULT._replace(hidden=(48, 48))
 
 
-def build(recipe=q2.DEFAULT, seed=0, **changes):
-    keras.utils.set_random_seed(seed)
-    recipe = recipe._replace(hidden=(48, 48), **changes)
-    model = q2.AdversarialAutoencoder(8, recipe, seed)
+def build(**changes):
+    keras.utils.set_random_seed(0)
+    return q2.AdversarialAutoencoder(8, SMALL._replace(**changes))
+
+
+def compiled(rates, kind=keras.optimizers.SGD, **changes):
+    """Return a model whose stages have these constant rates."""
+    model = build(**changes)
     model.compile(1e-3, epochs=10, steps=100)
+    networks = model.encoder, model.decoder, model.discriminator
+    encoder, decoder, discriminator = (each.trainable_variables for each in networks)
+    optimizers = [kind(rate) for rate in rates]
+    trained = encoder + decoder, discriminator, encoder
+    for optimizer, variables in zip(optimizers, trained, strict=True):
+        optimizer.build(variables)
+    model.optimizer, model.discriminator_optimizer, model.encoder_optimizer = optimizers
     return model
 
 
-def set_rates(model, rates, kind=keras.optimizers.SGD):
-    for name, rate in zip(STAGES, rates, strict=True):
-        variables = getattr(model, name)._trainable_variables
-        optimizer = kind(rate)
-        optimizer.build(variables)
-        setattr(model, name, optimizer)
+def weights(model):
+    return {
+        name: np.concatenate([np.ravel(w) for w in getattr(model, name).get_weights()])
+        for name in ("encoder", "decoder", "discriminator")
+    }
+
+
+# Losses
+
+
+def probability(logits):
+    return 1 / (1 + np.exp(-logits.astype(np.float64)))
+
+
+def test_losses_are_the_assignments_formulas():
+    prior, codes = (RNG.normal(0, 2, (50, 1)).astype(np.float32) for _ in range(2))
+    d_prior, d_codes = probability(prior), probability(codes)
+    l_d = -np.mean(np.log(d_prior)) - np.mean(np.log(1 - d_codes))
+    assert q2.discriminator_loss(prior, codes).numpy() == pytest.approx(l_d, rel=1e-5)
+    l_enc = np.mean(np.log(1 - d_codes))
+    assert q2.encoder_loss(codes).numpy() == pytest.approx(l_enc, rel=1e-5)
+
+    x, restored = (RNG.random((5, 784), np.float32) for _ in range(2))
+    norms = [np.sqrt(sum((a - b) ** 2)) for a, b in zip(x, restored, strict=True)]
+    found = q2.reconstruction_loss(x, restored).numpy()
+    assert found == pytest.approx(sum(norms), rel=1e-5)
+
+
+def test_equilibrium_lines_are_the_losses_at_one_half():
+    logits = tf.zeros((4, 1))
+    assert {
+        "discriminator_loss": q2.discriminator_loss(logits, logits).numpy(),
+        "encoder_loss": q2.encoder_loss(logits).numpy(),
+    } == pytest.approx(q2.EQUILIBRIUM)
+
+
+def test_losses_do_not_overflow_where_probabilities_round_to_0_or_1():
+    extreme = tf.constant([[-1e4], [1e4]])
+    with tf.GradientTape() as tape:
+        tape.watch(extreme)
+        total = q2.discriminator_loss(extreme, extreme) + q2.encoder_loss(extreme)
+    assert np.isfinite(total.numpy())
+    assert np.isfinite(tape.gradient(total, extreme).numpy()).all()
+
+
+def test_norm_has_a_finite_gradient_at_a_perfect_reconstruction():
+    x = tf.ones((1, 784))
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        loss = q2.reconstruction_loss(x, tf.ones((1, 784)))
+    assert loss.numpy() == pytest.approx(0, abs=1e-5)
+    assert np.isfinite(tape.gradient(loss, x).numpy()).all()
+
+
+def test_squared_slope_is_half_the_mean_squared_length_of_the_gradient():
+    z = RNG.standard_normal((6, 3)).astype(np.float32)
+    linear = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    linear.set_weights([np.array([[1.0], [2.0], [-2.0]]), np.array([5.0])])
+    found = q2.squared_slope(linear, tf.constant(z)).numpy()
+    assert found == pytest.approx(9 / 2)
+
+    keras.utils.set_random_seed(0)
+    discriminator, step = q2.build_discriminator(3), 0.01
+    slopes = [
+        (discriminator(z + move) - discriminator(z - move)).numpy()[:, 0] / (2 * step)
+        for move in step * np.eye(3, dtype=np.float32)
+    ]
+    found = q2.squared_slope(discriminator, tf.constant(z)).numpy()
+    assert found == pytest.approx(np.square(slopes).sum(axis=0).mean() / 2, rel=0.01)
+
+
+# Training
+
+
+def test_step_takes_the_stages_of_the_assignment_in_turn():
+    rates, changes = (0.01, 0.3, 1.0), {"gaussian": False, "slope_penalty": 2.0}
+    model, other = (compiled(rates, **changes) for _ in range(2))
+    found = model.train_step((BATCH, BATCH))
+
+    encoder, decoder, judge = other.encoder, other.decoder, other.discriminator
+    z = other.draw_prior(64)
+
+    def descend(rate, loss, *networks):
+        variables = [v for network in networks for v in network.trainable_variables]
+        with tf.GradientTape() as tape:
+            reported, penalty = loss()
+            total = reported + penalty
+        gradients = tape.gradient(total, variables)
+        for variable, gradient in zip(variables, gradients, strict=True):
+            variable.assign_sub(rate * gradient)
+        return reported.numpy()
+
+    def stage_a():
+        return tf.reduce_sum(tf.norm(BATCH - decoder(encoder(BATCH)), axis=1)), 0.0
+
+    def stage_b():
+        on_prior, on_codes = tf.sigmoid(judge(z)), tf.sigmoid(judge(encoder(BATCH)))
+        loss = -tf.reduce_mean(tf.math.log(on_prior) + tf.math.log(1 - on_codes))
+        return loss, 2.0 * q2.squared_slope(judge, z)
+
+    def stage_c():
+        return tf.reduce_mean(tf.math.log(1 - tf.sigmoid(judge(encoder(BATCH))))), 0.0
+
+    mse = np.mean(np.square(BATCH - decoder(encoder(BATCH))))
+    expected = {
+        "reconstruction_loss": descend(rates[0], stage_a, encoder, decoder) / 64,
+        "discriminator_loss": descend(rates[1], stage_b, judge),
+        "encoder_loss": descend(rates[2], stage_c, encoder),
+        "mse": mse,
+    }
+    assert {k: v.numpy() for k, v in found.items()} == pytest.approx(expected, rel=1e-4)
+    for name, values in weights(other).items():
+        np.testing.assert_allclose(weights(model)[name], values, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rates", "moving"),
+    [
+        ((0.01, 0.0, 0.0), {"encoder", "decoder"}),
+        ((0.0, 0.01, 0.0), {"discriminator"}),
+        ((0.0, 0.0, 0.01), {"encoder"}),
+    ],
+)
+def test_each_stage_trains_its_own_networks(rates, moving):
+    model = compiled(rates)
+    before = weights(model)
+    model.train_step((BATCH, BATCH))
+    after = weights(model)
+    assert {name for name in before if (before[name] != after[name]).any()} == moving
+
+
+def learn(rates, steps, **changes):
+    """Return a model before and after some steps of Adam on one batch."""
+    before = build(**changes)
+    model = compiled(rates, keras.optimizers.Adam, **changes)
+    step = tf.function(model.train_step)
+    for _ in range(steps):
+        step((BATCH, BATCH))
+    return before, model
+
+
+def test_stage_a_lowers_the_reconstruction_loss():
+    models = learn((1e-3, 0.0, 0.0), 30)
+    before, after = (q2.reconstruction_loss(BATCH, m(BATCH)).numpy() for m in models)
+    assert after < 0.8 * before
+
+
+def test_stage_b_tells_codes_from_the_prior():
+    _, model = learn((0.0, 2e-3, 0.0), 40)
+    z = RNG.standard_normal((1000, 8)).astype(np.float32)
+    on_prior = model.discriminator(z).numpy()
+    on_codes = model.discriminator(model.encoder(IMAGES[:1000])).numpy()
+    assert (on_prior > 0).mean() + (on_codes < 0).mean() > 1.7
+
+
+def test_stage_b_flattens_the_discriminator_as_the_slope_penalty_asks():
+    z, slopes = tf.constant(RNG.standard_normal((500, 8)).astype(np.float32)), []
+    for weight in (0.0, 10.0):
+        _, model = learn((0.0, 2e-3, 0.0), 40, slope_penalty=weight)
+        slopes.append(q2.squared_slope(model.discriminator, z).numpy())
+    assert slopes[1] < 0.2 * slopes[0]
+
+
+def test_stage_c_makes_the_discriminator_take_codes_for_draws():
+    before, after = (
+        np.log(1 - probability(model.discriminator(model.encoder(BATCH)).numpy()))
+        for model in learn((0.0, 0.0, 2e-3), 30)
+    )
+    assert after.mean() < before.mean() - 0.1
+
+
+def test_fit_computes_what_the_plain_step_computes(monkeypatch):
+    noise = tf.constant(RNG.standard_normal((64, 8)).astype(np.float32))
+    # Compiled, TensorFlow has other random numbers.
+    monkeypatch.setattr(keras.random, "normal", lambda shape, seed: noise)
+    monkeypatch.setattr(q2, "DISCRIMINATOR_HIDDEN", (40,))  # compiles sooner
+    images, found = IMAGES[:256], []
+    plain, fast = (compiled([1e-3] * 3, keras.optimizers.Adam) for _ in range(2))
+    for batch in np.split(images, 4):
+        losses = plain.train_step((tf.constant(batch),) * 2)
+    assert fast.jit_compile
+    fitted = fast.fit(images, images, 64, shuffle=False, verbose=0).history
+    assert {k: v.numpy() for k, v in losses.items()} == pytest.approx(
+        {name: value for name, (value,) in fitted.items()}, rel=1e-3
+    )
+    for model in (plain, fast):
+        found.append([np.abs(values).sum() for values in weights(model).values()])
+    np.testing.assert_allclose(*found, rtol=1e-3)
+
+
+def test_validation_reports_what_training_reports():
+    models = [compiled((0.0, 0.0, 0.0), gaussian=False) for _ in range(2)]
+    trained = models[0].train_step((BATCH, BATCH))
+    tested = models[1].test_step((BATCH, BATCH))
+    assert {k: v.numpy() for k, v in trained.items()} == pytest.approx(
+        {k: v.numpy() for k, v in tested.items()}, rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("recipe", [q2.DEFAULT, q2.CONTROL])
+def test_each_stage_has_an_adam_of_the_recipe(recipe):
+    model = build(**recipe._replace(hidden=(48,))._asdict())
+    model.compile(5e-3, epochs=10, steps=100)
+    stages = model.optimizer, model.discriminator_optimizer, model.encoder_optimizer
+    a, b, c = stages
+    assert all(isinstance(stage, keras.optimizers.Adam) for stage in stages)
+    assert [stage.beta_1 for stage in stages] == [recipe.momentum] * 3
+    assert a.weight_decay == recipe.weight_decay
+    assert not b.weight_decay
+    assert not c.weight_decay
+    assert c.epsilon == recipe.encoder_epsilon
+    # An epoch up, four and a half of nine epochs down, and all of them.
+    for done, share in ((100, 1), (550, 0.5), (1000, 0)):
+        for stage in stages:
+            stage.iterations.assign(done)
+        rates = [float(stage.learning_rate) for stage in stages]
+        falling = 5e-3 * share, recipe.discriminator_rate, recipe.encoder_rate * share
+        assert rates == pytest.approx(falling, rel=1e-3, abs=1e-9)
+
+
+# Networks
+
+
+def push_noise(encoder, bias):
+    """Give the layer that q(z|x)'s noise comes from this bias, far from its start."""
+    layers = [layer for layer in encoder.layers if hasattr(layer, "activation")]
+    (layer,) = (e for e in layers if e.activation is keras.activations.sigmoid)
+    kernel, _ = layer.get_weights()
+    layer.set_weights([kernel, np.full(layer.units, bias)])
+
+
+def test_noise_keeps_to_its_bounds_and_after_loading_too(tmp_path):
+    encoder = q2.build_encoder(8, SMALL._replace(signal_dimensions=3))
+    for bias in (-50, 50):
+        push_noise(encoder, bias)
+        encoder.save(tmp_path / "encoder.keras")
+        encoder = keras.saving.load_model(tmp_path / "encoder.keras")
+        means, deviations = metrics.posterior(encoder, IMAGES[:5])
+        signal, others = deviations[:, :3], deviations[:, 3:]
+        assert signal.max() <= 1.001 * q2.MOST_NOISE
+        assert others.min() >= 0.999 * q2.LEAST_NOISE
+        # The other bounds are far.
+        assert signal.max() < 0.01 or bias > 0
+        assert others.max() > 5 or bias < 0
+        assert np.isfinite(utils.predict(encoder, IMAGES[:5])).all()
+
+
+def test_encoder_starts_at_a_linear_code_that_follows_the_prior():
+    recipe = q2.DEFAULT._replace(hidden=(80,) * 3, signal_dimensions=12)
+    encoder = q2.build_encoder(30, recipe)
+    q2.start_at_principal_components(encoder, IMAGES, 12)
+    means, deviations = metrics.posterior(encoder, IMAGES)
+
+    u, _, _ = np.linalg.svd(IMAGES - IMAGES.mean(axis=0), full_matrices=False)
+    scores = u[:, :12] * np.sqrt(len(IMAGES) - 1)
+    signs = np.sign((scores * means[:, :12]).sum(axis=0))
+    expected = np.sqrt(1 - q2.START_NOISE**2) * signs * scores
+    np.testing.assert_allclose(means[:, :12], expected, atol=0.02)
+    np.testing.assert_array_equal(means[:, 12:], 0)
+    np.testing.assert_allclose(deviations[:, :12], q2.START_NOISE, rtol=1e-4)
+    np.testing.assert_allclose(deviations[:, 12:], 1, rtol=1e-4)
+    covariance = np.cov(utils.predict(encoder, IMAGES), rowvar=False)
+    np.testing.assert_allclose(covariance, np.eye(30), atol=0.15)
+
+
+def test_encoder_starts_finite_where_images_have_few_dimensions():
+    images = (RNG.random((200, 3)) @ RNG.random((3, 784)) / 3).astype(np.float32)
+    images[:, 300:] = 0.5
+    encoder = q2.build_encoder(30, SMALL)
+    q2.start_at_principal_components(encoder, images, 10)
+    codes = utils.predict(encoder, images)
+    assert np.isfinite(codes).all()
+    assert np.abs(codes).max() < 10
+    deviations = codes.std(axis=0)
+    assert 0.8 < deviations[:3].min() <= deviations[:3].max() < 1.2
+
+
+def test_gaussian_codes_have_the_posteriors_noise_anew_each_time():
+    encoder = q2.build_encoder(8, SMALL._replace(signal_dimensions=3))
+    means, deviations = metrics.posterior(encoder, IMAGES[:1])
+    np.testing.assert_allclose(deviations[0], [q2.START_NOISE] * 3 + [1] * 5, rtol=1e-4)
+    many = np.repeat(IMAGES[:1], 4000, axis=0)
+    codes = utils.predict(encoder, many)
+    np.testing.assert_allclose(codes.mean(axis=0), means[0], atol=0.06)
+    np.testing.assert_allclose(codes.std(axis=0), deviations[0], rtol=0.05)
+    assert not np.isclose(codes, utils.predict(encoder, many)).any(axis=1).all()
+
+
+def test_a_deterministic_code_is_a_point():
+    encoder = q2.build_encoder(8, SMALL._replace(gaussian=False))
+    means, deviations = metrics.posterior(encoder, IMAGES[:5])
+    np.testing.assert_array_equal(deviations, 0)
+    for _ in range(2):
+        codes = utils.predict(encoder, IMAGES[:5])
+        np.testing.assert_allclose(codes, means, atol=1e-6)
+
+
+def test_prior_draws_are_standard_normal_and_not_the_encoders_noise():
+    model = build()
+    draws = model.draw_prior(20_000).numpy()
+    assert draws.shape == (20_000, 8)
+    assert draws.dtype == np.float32
+    assert np.abs(draws.mean(axis=0)).max() < 0.04
+    np.testing.assert_allclose(np.cov(draws, rowvar=False), np.eye(8), atol=0.05)
+
+    model, x = build(), tf.constant(IMAGES[:1000])
+    means, deviations = metrics.posterior(model.encoder, IMAGES[:1000])
+    noise = (model.encoder(x) - means) / deviations
+    draws = model.draw_prior(1000)
+    assert abs(np.corrcoef(np.ravel(noise), np.ravel(draws))[0, 1]) < 0.06
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_skips_add_each_hidden_layer_to_what_it_is_given(skips):
+    z = RNG.standard_normal((5, 8)).astype(np.float32)
+    recipe = q2.DEFAULT._replace(hidden=(6, 6, 6), decoder_skips=skips)
+    decoder = q2.build_decoder(8, recipe)
+    decoder.set_weights([RNG.normal(0, 0.5, w.shape) for w in decoder.get_weights()])
+    arrays = decoder.get_weights()
+    layers = list(zip(arrays[::2], arrays[1::2], strict=True))
+    x = z
+    for number, (kernel, bias) in enumerate(layers[:-1]):
+        y = x @ kernel + bias
+        x = y * norm.cdf(y) + (x if skips and number else 0)
+    expected = probability(x @ layers[-1][0] + layers[-1][1])
+    np.testing.assert_allclose(decoder(z), expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("recipe", [q2.DEFAULT, q2.CONTROL])
+def test_networks_are_perceptrons_that_keep_their_contract_when_saved(tmp_path, recipe):
+    x, z = IMAGES[:3], RNG.standard_normal((3, 100)).astype(np.float32)
+    for name, network, given, shape, hidden in (
+        ("encoder", q2.build_encoder(recipe=recipe), x, (3, 100), recipe.hidden),
+        ("decoder", q2.build_decoder(recipe=recipe), z, (3, 784), recipe.hidden),
+        ("judge", q2.build_discriminator(), z, (3, 1), q2.DISCRIMINATOR_HIDDEN),
+    ):
+        widths = [w.shape[1] for w in network.weights if w.path.endswith("kernel")]
+        assert tuple(widths[: len(hidden)]) == hidden
+        network.save(tmp_path / f"{name}.keras")
+        loaded = keras.saving.load_model(tmp_path / f"{name}.keras")
+        found = loaded(given).numpy()
+        assert found.shape == shape
+        assert found.dtype == np.float32
+        if name == "encoder":
+            kept, before = (metrics.posterior(e, given) for e in (loaded, network))
+            np.testing.assert_allclose(kept, before, rtol=1e-5, atol=1e-6)
+        else:
+            np.testing.assert_allclose(found, network(given), rtol=1e-5, atol=1e-6)
+        assert name != "decoder" or 0 <= found.min() <= found.max() <= 1

@@ -357,7 +357,7 @@ with zipfile.ZipFile(IN_A_ZIP, "w") as archive:
         (npy_of(np.full((7, 784), 256.0)), "values 256..256"),
         (header_of((7, 784), "<i2") + b"\xff" * 7 * 784 * 2, "values -1"),
         (header_of((7, 784), "<U1") + bytes(7 * 784 * 4), "type <U1"),
-        (header_of((7, 784), [("a", "|u1")]) + bytes(7 * 784), "type"),
+        (header_of((7, 784), [("a" * 999, "|u1")]) + bytes(7 * 784), "type [('aaa"),
         (npy_of({"images": IMAGES[0]}), "a pickled dict"),
         (npy_of(objects([{"images": IMAGES[0]}] * 3)), "a pickled dict"),
         (npy_of(objects(IMAGES)), "3 items, 0 of them pairs"),
