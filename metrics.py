@@ -82,12 +82,44 @@ def knn_accuracy(
     vote = KNeighborsClassifier(min(neighbours, len(train_labels)), algorithm="brute")
     accuracy = {}
     for name, (known, asked) in spaces.items():
-        if not known.shape[1]:
-            continue
         vote.fit(known.reshape(len(known), -1), train_labels)
         asked = asked[chosen].reshape(len(chosen), -1)
         accuracy[name] = float(vote.score(asked, test_labels[chosen]))
     return accuracy
+
+
+def dimension_reduction(
+    train: Split,
+    test: Split,
+    train_means: np.ndarray,
+    test_means: np.ndarray,
+    signal: np.ndarray,
+) -> dict[str, Any]:
+    """Compare codes with as many principal components: as all, and as the signal's.
+
+    Args:
+        train: images (N, 784), that PCA is fitted on, and labels if there are any.
+        test: images (M, 784) and labels.
+        train_means: float32 (N, D), means of q(z|x).
+        test_means: float32 (M, D).
+        signal: bool (D,), the coordinates that carry more signal than noise.
+
+    Returns:
+        `pca_test_mse` by the number of components, and `knn_accuracy`, None without
+        labels.
+    """
+    spaces = {"pixels": (train.images, test.images), "code": (train_means, test_means)}
+    if signal.any():
+        spaces["signal"] = train_means[:, signal], test_means[:, signal]
+    errors = {}
+    for name in ("code", "signal")[: len(spaces) - 1]:
+        pca = fit_pca(train.images, spaces[name][0].shape[1])
+        errors[str(pca.n_components_)] = pca_reconstruction_mse(pca, test.images)
+        spaces[f"pca_{name}"] = [pca.transform(s.images) for s in (train, test)]
+    accuracy = None
+    if train.labels is not None:
+        accuracy = knn_accuracy(spaces, train.labels, test.labels)
+    return {"pca_test_mse": errors, "knn_accuracy": accuracy}
 
 
 def nearest(

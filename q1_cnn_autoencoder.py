@@ -4,8 +4,8 @@
 
 An encoder of convolutions narrows a 28x28 colour image to a code of 128 numbers, and
 a decoder of transposed convolutions restores the image from it. The loss is the mean
-squared error. Principal component analysis with a code of the same size is the best
-linear autoencoder, so it is the baseline.
+squared error: least squares but for a constant factor. The best linear autoencoder is
+principal component analysis with a code of the same size; it is the baseline.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import utils
+import utils  # first: it chooses Keras's backend
 
 import keras
 import numpy as np
@@ -31,8 +31,8 @@ DATA = "MNIST_M.npy"
 CODE_DIM = 128
 EPOCHS = 10
 BATCH_SIZE = 128
-LEARNING_RATE = 3e-3  # reached in the first epoch, then decays along a cosine to 0
-CLIP_NORM = 0.05  # of the gradient; without it some runs fall back in epoch 2
+LEARNING_RATE = 3e-3  # after the first epoch; then it decays along a cosine to 0
+CLIP_NORM = 0.05  # of the gradient
 WIDTHS = (32, 64)  # channels at 14x14 and at 7x7
 ACTIVATION = "leaky_relu"  # of the hidden layers
 SHOWN = 10  # images in the figure of reconstructions
@@ -58,7 +58,10 @@ def build_decoder(
     channels: int = 3,
     output: str | None = "sigmoid",
 ) -> keras.Model:
-    """Build the decoder: codes (N, code_dim) to images (N, 28, 28, channels)."""
+    """Build the decoder: codes (N, code_dim) to images (N, 28, 28, channels).
+
+    Other channels and outputs than the usual are for `extras/comparisons.py`.
+    """
     hidden = {"padding": "same", "activation": activation}
     code = keras.Input((code_dim,))
     x = keras.layers.Dense(7 * 7 * WIDTHS[-1], activation=activation)(code)
@@ -109,14 +112,11 @@ def compile_autoencoder(
 
 
 def read_masks(data: Path, count: int) -> np.ndarray | None:
-    """Find the digits' masks in the test images of the `data.npy` beside the data.
+    """Find where the digits are in the first `count` test images of MNIST-M's file.
 
-    Args:
-        data: MNIST-M's file.
-        count: how many test images it holds.
+    Image i of `data.npy`, beside it, shows the same digit if `make_data.py` built both.
 
-    Returns:
-        bool (N, 28, 28), or None unless `make_data.py` built both files.
+    Where it did not, what is returned is None, else bool (count, 28, 28).
     """
     digits = data.with_name("data.npy")
     try:
@@ -226,7 +226,11 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = utils.argument_parser(
         "Train a CNN autoencoder on MNIST-M.",
-        *(DATA, EPOCHS, BATCH_SIZE, LEARNING_RATE, CODE_DIM),
+        data=DATA,
+        epochs=EPOCHS,
+        batch_size=BATCH_SIZE,
+        learning_rate=LEARNING_RATE,
+        code_dim=CODE_DIM,
     )
     return utils.complete_options(parser.parse_args(arguments), "q1")
 

@@ -12,8 +12,9 @@ any draw decodes to a digit. A training step has three stages, each with its own
 (c) the encoder minimises           L_Enc = E_x[log(1 - D(Enc(x)))]
 
 `AdversarialAutoencoder.train_step` holds them, `Recipe` what the assignment leaves
-open. With customary choices (`--control`) the same formulas fail: images come back
-sharp, but the codes do not follow the prior. So this script measures whether they do.
+open. By default Enc(x) is a draw from a normal q(z|x), whose noise is small in ten of
+the 100 coordinates, which carry the image; the others stay near pure noise. (a) has
+weight decay and (b) a slope penalty, R1, besides. `--control` has none of this.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import utils
+import utils  # first: it chooses Keras's backend
 
 import keras
 import numpy as np
@@ -41,16 +42,20 @@ from read_MNIST_M import Split, load_digits
 DATA = "data.npy"
 PIXELS = 784  # 28 x 28; the assignment's 768 is a slip
 CODE_DIM = 100
+CARRIED = (
+    100  # principal components that the encoder's hidden layers carry at the start
+)
 EPOCHS = 28
 BATCH_SIZE = 128
-LEARNING_RATE = 1.5e-3  # of (a), the highest
-FEW_IMAGES = 10_000  # fewer training images are distorted, and trained on for
-LEAST_STEPS = 5_000  # as many steps at least
+LEARNING_RATE = 1.5e-3  # of (a), at its peak
+AUGMENT_BELOW = 10_000  # training images: fewer are augmented
+LEAST_STEPS = 5_000  # of training, where --epochs does not say otherwise
 SAMPLES = 10_000  # draws from the prior behind the Fréchet distance and Parzen window
 DISCRIMINATOR_HIDDEN = (400, 400, 400)
-START_NOISE = 0.25  # standard deviation of q(z|x) where the digits are, at the start
-MOST_NOISE = 0.5  # there, later
-LEAST_NOISE = 0.98  # in the other coordinates
+# Standard deviation of q(z|x): in coordinates that carry the image, at the start and at
+# most; in the others, at least.
+START_NOISE, SIGNAL_NOISE_MAX, OTHER_NOISE_MIN = 0.25, 0.5, 0.98
+# The losses where D = 1/2 everywhere, in nats.
 EQUILIBRIUM = {"discriminator_loss": 2 * math.log(2), "encoder_loss": -math.log(2)}
 
 
@@ -58,14 +63,14 @@ class Recipe(NamedTuple):
     """What the assignment leaves open. The report gives a reason for each choice."""
 
     gaussian: bool = True  # q(z|x) is a normal with learned variances, or a point
-    signal_dimensions: int = 10  # hold the digits at the start; 0: a random start
+    signal_dimensions: int = 10  # may carry the image; 0: all, and a random start
     hidden: tuple[int, ...] = (400,) * 6  # of encoder and decoder
     decoder_skips: bool = True
     momentum: float = 0.5  # Adam's beta_1: a long memory makes adversaries circle
     weight_decay: float = 0.2  # in (a), times the rate (arXiv:1711.05101)
     discriminator_rate: float = 3e-3  # of (b); stays while those of (a) and (c) fall
-    slope_penalty: float = 0.1  # R1's weight in (b) (arXiv:1801.04406)
-    encoder_rate: float = 1.5e-3  # of (c), the highest
+    r1_weight: float = 0.1  # of the slope penalty in (b) (arXiv:1801.04406)
+    encoder_rate: float = 1.5e-3  # of (c), at its peak
     encoder_epsilon: float = 1e-3  # of (c)'s Adam: its steps shrink with the gradient
 
 
@@ -77,7 +82,7 @@ CONTROL = Recipe(
     momentum=0.9,
     weight_decay=0.0,
     discriminator_rate=2e-4,
-    slope_penalty=0.0,
+    r1_weight=0.0,
     encoder_rate=2e-4,
     encoder_epsilon=1e-7,
 )
@@ -87,14 +92,14 @@ CONTROL = Recipe(
 
 @keras.saving.register_keras_serializable("aae")
 class Sampling(keras.layers.Layer):
-    """Draws mean + exp(log_variance / 2) * noise (Kingma & Welling 2014, eq. 10)."""
+    """Draws mean + exp(log_variance / 2) * noise, and not in training alone."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.seed_generator = keras.random.SeedGenerator()
 
     def call(self, inputs: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
-        """Return z, float32 (N, D), from mean and log-variance, each (N, D)."""
+        """Return z, float32 (N, D) (Kingma & Welling 2014, eq. 10)."""
         mean, log_variance = inputs
         noise = keras.random.normal(tf.shape(mean), seed=self.seed_generator)
         return mean + tf.exp(0.5 * log_variance) * noise
@@ -113,9 +118,8 @@ def perceptron(
 def build_encoder(code_dim: int = CODE_DIM, recipe: Recipe = DEFAULT) -> keras.Model:
     """Build Enc: images, float32 (N, 784) in [0, 1], to codes, float32 (N, code_dim).
 
-    A Gaussian encoder returns a draw from q(z|x), else a point. Its noise has bounds,
-    others in the first coordinates, which hold the digits, than in the rest: the
-    decoder would never find again a coordinate that once drowned in noise.
+    A Gaussian encoder returns a draw from q(z|x), else a point. Its noise has bounds:
+    the first coordinates are for the image and never drown in it, the others are noise.
     """
     image = keras.Input((PIXELS,))
     x = perceptron(image, recipe.hidden)
@@ -123,12 +127,13 @@ def build_encoder(code_dim: int = CODE_DIM, recipe: Recipe = DEFAULT) -> keras.M
     if not recipe.gaussian:
         return keras.Model(image, mean, name="encoder")
     signal = np.arange(code_dim) < recipe.signal_dimensions
-    least = 2 * math.log(LEAST_NOISE) if signal.any() else -12.0
+    least = 2 * math.log(OTHER_NOISE_MIN) if signal.any() else -12.0
     low = np.where(signal, -12.0, least)
-    high = np.where(signal, 2 * math.log(MOST_NOISE), 4.0)
+    high = np.where(signal, 2 * math.log(SIGNAL_NOISE_MAX), 4.0)
     start = np.where(signal, 2 * math.log(START_NOISE), 0.0)
+    # log-variance = low + (high - low) * sigmoid(Dense(x)); its bias makes it `start`.
     share = (start - low) / (high - low)
-    share = keras.layers.Dense(
+    between = keras.layers.Dense(
         code_dim,
         activation="sigmoid",
         kernel_initializer="zeros",
@@ -136,7 +141,7 @@ def build_encoder(code_dim: int = CODE_DIM, recipe: Recipe = DEFAULT) -> keras.M
     )(x)
     log_variance = keras.layers.Rescaling(
         (high - low).tolist(), low.tolist(), name="log_variance"
-    )(share)
+    )(between)
     return keras.Model(image, Sampling()([mean, log_variance]), name="encoder")
 
 
@@ -155,6 +160,7 @@ def build_discriminator(code_dim: int = CODE_DIM) -> keras.Model:
     return keras.Model(code, logit, name="discriminator")
 
 
+# Losses ----------------------------------------------------------------------------
 # From logits: log D = -softplus(-logit) and log(1 - D) = -softplus(logit) can't
 # overflow, as the logarithm of a probability that rounds to 0 would.
 
@@ -162,7 +168,7 @@ def build_discriminator(code_dim: int = CODE_DIM) -> keras.Model:
 def reconstruction_loss(x: tf.Tensor, restored: tf.Tensor) -> tf.Tensor:
     """Return L_recons = sum_n ||x_n - xhat_n|| of images (N, 784).
 
-    The norm's gradient does not exist where it is 0; here it is 0 there.
+    The norm is clamped so that its gradient at a perfect reconstruction is 0.
     """
     squared = tf.reduce_sum(tf.square(x - restored), axis=-1)
     return tf.reduce_sum(tf.sqrt(tf.maximum(squared, 1e-12)))
@@ -180,11 +186,11 @@ def encoder_loss(code_logits: tf.Tensor) -> tf.Tensor:
     return -tf.reduce_mean(tf.nn.softplus(code_logits))
 
 
-def squared_slope(discriminator: keras.Model, z: tf.Tensor) -> tf.Tensor:
+def r1_penalty(discriminator: keras.Model, z: tf.Tensor) -> tf.Tensor:
     """Return R1, half the mean squared length of the logit's gradient at z, (N, D)."""
     with tf.GradientTape() as tape:
         tape.watch(z)
-        logits = discriminator(z, training=True)
+        logits = discriminator(z)
     gradient = tape.gradient(logits, z)
     return 0.5 * tf.reduce_mean(tf.reduce_sum(tf.square(gradient), axis=-1))
 
@@ -204,7 +210,7 @@ class AdversarialAutoencoder(keras.Model):
         self.seed_generator = keras.random.SeedGenerator()
         names = "reconstruction_loss", "discriminator_loss", "encoder_loss", "mse"
         self.means = [keras.metrics.Mean(name) for name in names]
-        self.built = True
+        self.built = True  # its networks are
 
     def train_step(self, data: tuple[tf.Tensor, tf.Tensor]) -> dict[str, tf.Tensor]:
         """Take the three stages on a batch x, float32 (N, 784) in [0, 1]."""
@@ -212,29 +218,28 @@ class AdversarialAutoencoder(keras.Model):
 
         # (a) Encoder and decoder minimise L_recons = sum_n ||x_n - xhat_n||.
         with tf.GradientTape() as tape:
-            restored = self(x, training=True)
+            restored = self(x)
             loss_recons = reconstruction_loss(x, restored)
         variables = self.encoder.trainable_variables + self.decoder.trainable_variables
         self.optimizer.apply(tape.gradient(loss_recons, variables), variables)
 
         # (b) The discriminator minimises
-        #     L_D = -E_z[log D(z)] - E_x[log(1 - D(Enc(x)))], and its slope at z.
-        codes = self.encoder(x, training=True)
+        #     L_D = -E_z[log D(z)] - E_x[log(1 - D(Enc(x)))], and R1 besides.
+        codes = self.encoder(x)
         z = self.draw_prior(tf.shape(x)[0])
         with tf.GradientTape() as tape:
             loss_d = discriminator_loss(
                 self.discriminator(z), self.discriminator(codes)
             )
-            penalty = self.recipe.slope_penalty * squared_slope(self.discriminator, z)
-            objective = loss_d + penalty
+            penalty = r1_penalty(self.discriminator, z)
+            objective = loss_d + self.recipe.r1_weight * penalty
         variables = self.discriminator.trainable_variables
         gradients = tape.gradient(objective, variables)
         self.discriminator_optimizer.apply(gradients, variables)
 
         # (c) The encoder minimises L_Enc = E_x[log(1 - D(Enc(x)))].
         with tf.GradientTape() as tape:
-            codes = self.encoder(x, training=True)
-            loss_enc = encoder_loss(self.discriminator(codes))
+            loss_enc = encoder_loss(self.discriminator(self.encoder(x)))
         variables = self.encoder.trainable_variables
         self.encoder_optimizer.apply(tape.gradient(loss_enc, variables), variables)
 
@@ -249,9 +254,9 @@ class AdversarialAutoencoder(keras.Model):
         momentum, epsilon = recipe.momentum, recipe.encoder_epsilon
         adam = functools.partial(keras.optimizers.Adam, beta_1=momentum)
         adamw = keras.optimizers.AdamW(rate_a, recipe.weight_decay, beta_1=momentum)
-        super().compile(adamw, jit_compile=True)
-        self.discriminator_optimizer = adam(rate_b)
-        self.encoder_optimizer = adam(rate_c, epsilon=epsilon)
+        super().compile(adamw, jit_compile=True)  # (a): self.optimizer
+        self.discriminator_optimizer = adam(rate_b)  # (b)
+        self.encoder_optimizer = adam(rate_c, epsilon=epsilon)  # (c)
         encoder = self.encoder.trainable_variables
         self.optimizer.build(encoder + self.decoder.trainable_variables)
         self.discriminator_optimizer.build(self.discriminator.trainable_variables)
@@ -259,7 +264,7 @@ class AdversarialAutoencoder(keras.Model):
 
     def call(self, x: tf.Tensor, training: bool = False) -> tf.Tensor:
         """Return the reconstructions, float32 (N, 784), of images in [0, 1]."""
-        return self.decoder(self.encoder(x, training=training), training=training)
+        return self.decoder(self.encoder(x))
 
     def draw_prior(self, count: tf.Tensor | int) -> tf.Tensor:
         """Draw z ~ p(z), the standard normal, float32 (count, code_dim)."""
@@ -279,10 +284,11 @@ class AdversarialAutoencoder(keras.Model):
         self, x: tf.Tensor, restored: tf.Tensor, loss_d: tf.Tensor, loss_enc: tf.Tensor
     ) -> dict[str, tf.Tensor]:
         """Add a batch to the epoch's means (of L_recons: a mean over images)."""
-        norm = reconstruction_loss(x, restored) / tf.cast(tf.shape(x)[0], tf.float32)
-        values = norm, loss_d, loss_enc, tf.square(x - restored)
-        for mean, value in zip(self.means, values, strict=True):
-            mean.update_state(value)
+        count = tf.cast(tf.shape(x)[0], tf.float32)
+        norm = reconstruction_loss(x, restored) / count
+        mse = tf.reduce_mean(tf.square(x - restored))
+        for mean, value in zip(self.means, (norm, loss_d, loss_enc, mse), strict=True):
+            mean.update_state(value, sample_weight=count)
         return {mean.name: mean.result() for mean in self.means}
 
     @property
@@ -294,7 +300,7 @@ class AdversarialAutoencoder(keras.Model):
 def start_at_principal_components(
     encoder: keras.Model, images: np.ndarray, dimensions: int
 ) -> None:
-    """Set a Gaussian encoder's weights to a linear code whose aggregate is the prior's.
+    """Set a Gaussian encoder to a linear code that has the prior's mean and covariance.
 
     The means of the first coordinates are the leading principal components of the
     images, float32 (N, 784), scaled so that with the noise they have variance 1; the
@@ -303,12 +309,12 @@ def start_at_principal_components(
     gelu(-y) = y. The hidden layers carry more components than reach the code, so that
     each starts with the image at hand and not with what random layers left of it.
     """
-    pca = metrics.fit_pca(images, CODE_DIM)
+    pca = metrics.fit_pca(images, CARRIED)
     hidden = [layer for layer in encoder.layers if layer.name.startswith("hidden")]
     mean = encoder.get_layer("mean")
     spread = pca.explained_variance_ > 1e-6 * pca.explained_variance_[0]
     carried = min(int(spread.sum()), *(layer.units // 2 for layer in hidden))
-    both = 2 * carried  # signs
+    both = 2 * carried  # units y and -y: the next layer gets gelu(y) - gelu(-y) = y
 
     scale = np.sqrt(pca.explained_variance_[:carried])[:, np.newaxis]
     whiten = (pca.components_[:carried] / scale).T
@@ -346,7 +352,7 @@ def build_model(
     return model
 
 
-def distort(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def augment(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Turn, shear, scale and move digits (N, 784) a little, each in its own way."""
     changed, centre = np.empty_like(images), np.full(2, 13.5)
     for number, image in enumerate(images.reshape(-1, 28, 28)):
@@ -390,39 +396,30 @@ def encode(
 def evaluate(
     encoded: Encoded, train: Split, valid: Split, test: Split
 ) -> dict[str, Any]:
-    """Measure reconstruction, prior match and samples; None where labels lack."""
+    """Measure reconstruction, prior match, samples; None what lacks labels."""
     codes, restored, samples = encoded.codes, encoded.restored, encoded.samples
     squared = np.square(test.images - restored, dtype=np.float64)
     signal = metrics.signal_coordinates(*encoded.test)
-    judge = build_discriminator(codes.shape[1])
-    found = {
+    fresh = build_discriminator(codes.shape[1])
+    return {
+        "test_images": len(codes),
         "test_mse": float(squared.mean()),
         "test_reconstruction_loss": float(np.sqrt(squared.sum(axis=1)).mean()),
         "prior_match": metrics.prior_match(codes),
         "signal_match": metrics.prior_match(codes[:, signal]) if signal.any() else None,
         "signal_dimensions": int(signal.sum()),
         "fresh_discriminator_accuracy": metrics.fresh_discriminator_accuracy(
-            judge, *encoded.train, codes
+            fresh, *encoded.train, codes
         ),
         "nearest_training_image": metrics.nearest_medians(
             *(train.images, samples, test.images, restored)
         ),
         **metrics.parzen_log_likelihood(samples, valid.images, test.images),
         **metrics.frechet_distances(train, test, restored, samples),
-        "knn_accuracy": None,
+        **metrics.dimension_reduction(
+            *(train, test, encoded.train[0], encoded.test[0], signal)
+        ),
     }
-    if train.labels is not None:
-        pca, few = metrics.fit_pca(train.images, codes.shape[1]), int(signal.sum())
-        scores = [pca.transform(split.images) for split in (train, test)]
-        spaces = {
-            "code": (encoded.train[0], encoded.test[0]),
-            "signal": [m[:, signal] for m, _ in (encoded.train, encoded.test)],
-            "pca_code": scores,
-            "pca_signal": [each[:, :few] for each in scores],
-            "pixels": (train.images, test.images),
-        }
-        found["knn_accuracy"] = metrics.knn_accuracy(spaces, train.labels, test.labels)
-    return found
 
 
 def draw(
@@ -448,8 +445,7 @@ def draw(
     grid("reconstructions", rows, title, ("input", "output") * 2)
 
     samples = encoded.samples
-    title = "Codes drawn from the prior, decoded"
-    grid("samples", np.split(samples[:100], 5), title)
+    grid("samples", np.split(samples[:100], 5), "Codes drawn from the prior, decoded")
     nearest, _ = metrics.nearest(train.images, samples[:10])
     title = "Decoded draws from the prior above the training images nearest to them"
     rows = [samples[:10], train.images[nearest]]
@@ -483,11 +479,15 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = utils.argument_parser(
         "Train an adversarial autoencoder on MNIST digits.",
-        *(DATA, EPOCHS, BATCH_SIZE, LEARNING_RATE, CODE_DIM),
+        data=DATA,
+        epochs=EPOCHS,
+        batch_size=BATCH_SIZE,
+        learning_rate=LEARNING_RATE,
+        code_dim=CODE_DIM,
     )
     text = "labels of a data file without (default: label.npy beside it, if there)"
     parser.add_argument("--labels", metavar="PATH", help=text)
-    text = "the same formulas with customary choices, which fail"
+    text = "the same formulas on a plain, deterministic encoder, as a baseline"
     parser.add_argument("--control", action="store_true", help=text)
     options = parser.parse_args(arguments)
     return utils.complete_options(options, "q2_control" if options.control else "q2")
@@ -502,7 +502,7 @@ def train(run: utils.RunFolder, train: Split, valid: Split) -> AdversarialAutoen
     draw_losses = functools.partial(plots.q2_losses, path, equilibrium=EQUILIBRIUM)
     networks = {"encoder": model.encoder, "decoder": model.decoder}
     networks["discriminator"] = model.discriminator
-    change = distort if len(train.images) < FEW_IMAGES else None
+    change = augment if len(train.images) < AUGMENT_BELOW else None
     run.fit(model, networks, train.images, valid.images, draw_losses, change)
     return model
 
@@ -519,14 +519,13 @@ def measure(
     prefix = options.figures / options.name
     draw(prefix, model.decoder, encoded, train_split, test, options.seed)
     print("Mapping the codes by t-SNE: some minutes.", flush=True)
-    points, found["tsne_trustworthiness"] = metrics.tsne_map(
-        encoded.train[0], options.seed
-    )
+    points, trust = metrics.tsne_map(encoded.train[0], options.seed)
     plots.q2_tsne(Path(f"{prefix}_tsne.png"), points, train_split.labels)
     run.lap("figures")
     for name in ("discriminator", "encoder"):
         found[f"loss_{name}"] = float(run.history[f"{name}_loss"][-1])
-    return found | {"code_dim": options.code_dim, "recipe": model.recipe._asdict()}
+    found |= {"code_dim": options.code_dim, "tsne_trustworthiness": trust}
+    return found | {"recipe": model.recipe._asdict()}
 
 
 def main() -> None:
@@ -538,12 +537,12 @@ def main() -> None:
         steps = len(splits[0].images) // options.batch_size
         options.epochs = max(EPOCHS, math.ceil(LEAST_STEPS / steps))
     with utils.RunFolder(options) as run:
-        found = measure(run, train(run, *splits[:2]), splits)
+        model = train(run, *splits[:2])
+        found = measure(run, model, splits)
         run.write_metrics(found)
     if options.updates_report:
         report.update()
-    print(f"Test MSE {found['test_mse']:.4f}, L_D {found['loss_discriminator']:.3f}.")
-    print(f"Figures and metrics are in {options.figures}.")
+    print(f"Test MSE {found['test_mse']:.4f}. All else is in {options.figures}.")
 
 
 if __name__ == "__main__":

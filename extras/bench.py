@@ -234,7 +234,7 @@ def torch_q2_losses(networks: Sequence[nn.ModuleList]) -> list[Callable]:
         logits, pull_back = torch.func.vjp(lambda z: perceptron(judge, z), z)
         (slope,) = pull_back(torch.ones_like(logits))
         loss = softplus(-logits).mean() + softplus(perceptron(judge, codes)).mean()
-        return loss + q2.DEFAULT.slope_penalty * slope.square().sum(dim=1).mean() / 2
+        return loss + q2.DEFAULT.r1_weight * slope.square().sum(dim=1).mean() / 2
 
     def encoder_loss(x: Tensor) -> Tensor:
         return -softplus(perceptron(judge, encode(x))).mean()

@@ -188,7 +188,7 @@ class TunedAutoencoder(q2.AdversarialAutoencoder):
                 logits = self.discriminator(z), self.discriminator(codes)
                 loss = objective = q2.discriminator_loss(*logits)
                 if weight is not None:
-                    objective += weight * q2.squared_slope(self.discriminator, z)
+                    objective += weight * q2.r1_penalty(self.discriminator, z)
             gradients = tape.gradient(objective, variables)
             self.discriminator_optimizer.apply(gradients, variables)
             return loss
@@ -200,7 +200,7 @@ class TunedAutoencoder(q2.AdversarialAutoencoder):
             x = tf.gather(self.images, index)
             return number + 1, step(self.encoder(x, training=True), None)
 
-        weight = self.recipe.slope_penalty * tf.cast(steps, tf.float32)
+        weight = self.recipe.r1_weight * tf.cast(steps, tf.float32)
         first = 1, step(codes, weight)
         return tf.while_loop(lambda number, _: number < steps, further, first)[1]
 
@@ -280,7 +280,7 @@ Q2_ROWS = {
     "point": short_row("with a point for q(z|x)", gaussian=False, **RANDOM),
     "no-skips": short_row("without skips", decoder_skips=False),
     "no-decay": short_row("without weight decay", weight_decay=0.0),
-    "no-slope": short_row("without R1", slope_penalty=0.0),
+    "no-slope": short_row("without R1", r1_weight=0.0),
     "momentum": short_row("with momentum 0.9", momentum=0.9),
     "epsilon": short_row("with Adam's own epsilon in (c)", encoder_epsilon=1e-7),
     "shallow": short_row("with two hidden layers", hidden=(400, 400)),

@@ -91,11 +91,11 @@ def test_norm_has_a_finite_gradient_at_a_perfect_reconstruction():
     assert np.isfinite(tape.gradient(loss, x).numpy()).all()
 
 
-def test_squared_slope_is_half_the_mean_squared_length_of_the_gradient():
+def test_r1_penalty_is_half_the_mean_squared_length_of_the_gradient():
     z = RNG.standard_normal((6, 3)).astype(np.float32)
     linear = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
     linear.set_weights([np.array([[1.0], [2.0], [-2.0]]), np.array([5.0])])
-    found = q2.squared_slope(linear, tf.constant(z)).numpy()
+    found = q2.r1_penalty(linear, tf.constant(z)).numpy()
     assert found == pytest.approx(9 / 2)
 
     keras.utils.set_random_seed(0)
@@ -104,7 +104,7 @@ def test_squared_slope_is_half_the_mean_squared_length_of_the_gradient():
         (discriminator(z + move) - discriminator(z - move)).numpy()[:, 0] / (2 * step)
         for move in step * np.eye(3, dtype=np.float32)
     ]
-    found = q2.squared_slope(discriminator, tf.constant(z)).numpy()
+    found = q2.r1_penalty(discriminator, tf.constant(z)).numpy()
     assert found == pytest.approx(np.square(slopes).sum(axis=0).mean() / 2, rel=0.01)
 
 
@@ -112,7 +112,7 @@ def test_squared_slope_is_half_the_mean_squared_length_of_the_gradient():
 
 
 def test_step_takes_the_stages_of_the_assignment_in_turn():
-    rates, changes = (0.01, 0.3, 1.0), {"gaussian": False, "slope_penalty": 2.0}
+    rates, changes = (0.01, 0.3, 1.0), {"gaussian": False, "r1_weight": 2.0}
     model, other = (compiled(rates, **changes) for _ in range(2))
     found = model.train_step((BATCH, BATCH))
 
@@ -135,7 +135,7 @@ def test_step_takes_the_stages_of_the_assignment_in_turn():
     def stage_b():
         on_prior, on_codes = tf.sigmoid(judge(z)), tf.sigmoid(judge(encoder(BATCH)))
         loss = -tf.reduce_mean(tf.math.log(on_prior) + tf.math.log(1 - on_codes))
-        return loss, 2.0 * q2.squared_slope(judge, z)
+        return loss, 2.0 * q2.r1_penalty(judge, z)
 
     def stage_c():
         return tf.reduce_mean(tf.math.log(1 - tf.sigmoid(judge(encoder(BATCH))))), 0.0
@@ -192,11 +192,11 @@ def test_stage_b_tells_codes_from_the_prior():
     assert (on_prior > 0).mean() + (on_codes < 0).mean() > 1.7
 
 
-def test_stage_b_flattens_the_discriminator_as_the_slope_penalty_asks():
+def test_stage_b_flattens_the_discriminator_as_the_r1_weight_asks():
     z, slopes = tf.constant(RNG.standard_normal((500, 8)).astype(np.float32)), []
     for weight in (0.0, 10.0):
-        _, model = learn((0.0, 2e-3, 0.0), 40, slope_penalty=weight)
-        slopes.append(q2.squared_slope(model.discriminator, z).numpy())
+        _, model = learn((0.0, 2e-3, 0.0), 40, r1_weight=weight)
+        slopes.append(q2.r1_penalty(model.discriminator, z).numpy())
     assert slopes[1] < 0.2 * slopes[0]
 
 
@@ -276,8 +276,8 @@ def test_noise_keeps_to_its_bounds_and_after_loading_too(tmp_path):
         encoder = keras.saving.load_model(tmp_path / "encoder.keras")
         means, deviations = metrics.posterior(encoder, IMAGES[:5])
         signal, others = deviations[:, :3], deviations[:, 3:]
-        assert signal.max() <= 1.001 * q2.MOST_NOISE
-        assert others.min() >= 0.999 * q2.LEAST_NOISE
+        assert signal.max() <= 1.001 * q2.SIGNAL_NOISE_MAX
+        assert others.min() >= 0.999 * q2.OTHER_NOISE_MIN
         # The other bounds are far.
         assert signal.max() < 0.01 or bias > 0
         assert others.max() > 5 or bias < 0
