@@ -109,7 +109,7 @@ def argument_parser(
         if default is not None:
             text += " (default: %(default)s)"
         add(flag, type=kind, default=default, metavar=unit, help=text)
-    add("--resume", action="store_true", help="go on after the run's last whole epoch")
+    add("--resume", action="store_true", help="go on after the run's last checkpoint")
     text = f"try all on {QUICK_SIZES[0]:,} images; what comes out goes to runs/quick"
     add("--quick", action="store_true", help=text)
     return parser
@@ -393,7 +393,7 @@ class RunFolder:
         draw: Callable[[dict[str, np.ndarray]], None],
         change: Change | None = None,
     ) -> None:
-        """Train a model, keeping a checkpoint and the history after each epoch.
+        """Train a model, keeping checkpoints and the history; see `_Recorder`.
 
         Whether training ends or is interrupted, what was learned is saved.
 
@@ -514,7 +514,7 @@ def _variables(model: keras.Model) -> list[keras.Variable]:
 
 
 class _Recorder(keras.callbacks.Callback):
-    """Records each epoch, and says some thirty times how training goes."""
+    """Records each epoch, some thirty times with a checkpoint and a word."""
 
     def __init__(self, folder: RunFolder) -> None:
         super().__init__()
@@ -533,9 +533,11 @@ class _Recorder(keras.callbacks.Callback):
                 )
         seconds = time.perf_counter() - self.started
         row = {"epoch": epoch + 1, **losses, "seconds": seconds}
-        self.folder.record(self.model, row)
         epochs = self.folder.options.epochs
-        if (epoch + 1) % max(1, epochs // 30) == 0 or epoch + 1 == epochs:
+        if (epoch + 1) % max(1, epochs // 30) and epoch + 1 < epochs:
+            self.folder.rows.append(row)  # hundreds of checkpoints would take long
+        else:
+            self.folder.record(self.model, row)
             text = ", ".join(f"{name} {value:.3g}" for name, value in losses.items())
             print(f"epoch {epoch + 1} of {epochs}, {seconds:.0f} s: {text}", flush=True)
 
