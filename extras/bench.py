@@ -63,7 +63,8 @@ def keras_step(question: str) -> Callable[[], Any]:
         model, shape = q2.AdversarialAutoencoder(recipe=q2.DEFAULT), (q2.PIXELS,)
         model.compile(q2.LEARNING_RATE, q2.EPOCHS, steps=460)
     images = np.random.default_rng(0).random((IMAGES, *shape), np.float32)
-    batches = iter(utils.shuffled_batches(images, SCRIPTS[question].BATCH_SIZE, 0))
+    size = SCRIPTS[question].BATCH_SIZE
+    batches = iter(utils.shuffled_batches(images, size, 0, range(1)).repeat())
     model.make_train_function()
     return lambda: keras.tree.map_structure(float, model.train_function(batches))
 

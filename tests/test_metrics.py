@@ -61,6 +61,36 @@ def test_knn_accuracy_looks_up_the_same_few_every_time(monkeypatch):
     assert 0 < found["a"] < 1
 
 
+@pytest.mark.parametrize("few", [0, 2])
+def test_codes_are_compared_with_as_many_principal_components(few):
+    digits, labels = tiny_digits()
+    images = utils.unit_floats(digits[:400].reshape(-1, 784))
+    train, test = (
+        Split(images[:300], labels[:300]),
+        Split(images[300:], labels[300:400]),
+    )
+    means = RNG.normal(size=(400, 5))
+    means[:, 3] += 10 * labels[:400]  # tells the digit
+    signal = np.isin(np.arange(5), [3, 4][:few])
+    given = train, test, means[:300], means[300:], signal
+    found = metrics.dimension_reduction(*given)
+    errors = {
+        str(n): metrics.pca_reconstruction_mse(
+            metrics.fit_pca(train.images, n), test[0]
+        )
+        for n in (5, few)
+        if n
+    }
+    assert found["pca_test_mse"] == pytest.approx(errors)
+    accuracy = found["knn_accuracy"]
+    expected = {"pixels", "code", "pca_code"}
+    assert accuracy.keys() == expected | ({"signal", "pca_signal"} if few else set())
+    assert accuracy["code"] > 0.9
+    assert accuracy.get("signal", 1) > 0.9 > accuracy.get("pca_signal", 0)
+    bare = metrics.dimension_reduction(Split(train[0], None), *given[1:])
+    assert bare == found | {"knn_accuracy": None}
+
+
 def test_nearest_finds_the_training_image_and_its_distance():
     train = RNG.random((50, 784), np.float32)
     images = train[[7, 3, 4]]
@@ -147,6 +177,8 @@ def test_great_arc_keeps_to_the_shell():
     np.testing.assert_allclose(turns, turns[0])
     assert lengths[4] > 1.2 * np.linalg.norm((start + end) / 2)
     np.testing.assert_allclose(metrics.great_arc(start, start, 3), [start] * 3)
+    line = metrics.great_arc(np.array([-1.0]), np.array([2.0]), 4)
+    np.testing.assert_allclose(line, [[-1], [0], [1], [2]])
 
 
 @pytest.mark.parametrize(

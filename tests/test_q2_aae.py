@@ -73,33 +73,21 @@ def test_equilibrium_lines_are_the_losses_at_one_half():
     } == pytest.approx(q2.EQUILIBRIUM)
 
 
-def test_losses_do_not_overflow_where_probabilities_round_to_0_or_1():
-    extreme = tf.constant([[-1e4], [1e4]])
+def test_losses_have_slopes_where_probabilities_round_to_0_or_1_and_norms_to_0():
+    extreme, x = tf.constant([[-1e4], [1e4]]), tf.ones((1, 784))
     with tf.GradientTape() as tape:
-        tape.watch(extreme)
+        tape.watch([extreme, x])
         total = q2.discriminator_loss(extreme, extreme) + q2.encoder_loss(extreme)
+        total += q2.reconstruction_loss(x, tf.ones((1, 784)))
     assert np.isfinite(total.numpy())
-    assert np.isfinite(tape.gradient(total, extreme).numpy()).all()
-
-
-def test_norm_has_a_finite_gradient_at_a_perfect_reconstruction():
-    x = tf.ones((1, 784))
-    with tf.GradientTape() as tape:
-        tape.watch(x)
-        loss = q2.reconstruction_loss(x, tf.ones((1, 784)))
-    assert loss.numpy() == pytest.approx(0, abs=1e-5)
-    assert np.isfinite(tape.gradient(loss, x).numpy()).all()
+    for gradient in tape.gradient(total, [extreme, x]):
+        assert np.isfinite(gradient.numpy()).all()
 
 
 def test_r1_penalty_is_half_the_mean_squared_length_of_the_gradient():
-    z = RNG.standard_normal((6, 3)).astype(np.float32)
-    linear = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
-    linear.set_weights([np.array([[1.0], [2.0], [-2.0]]), np.array([5.0])])
-    found = q2.r1_penalty(linear, tf.constant(z)).numpy()
-    assert found == pytest.approx(9 / 2)
-
     keras.utils.set_random_seed(0)
     discriminator, step = q2.build_discriminator(3), 0.01
+    z = RNG.standard_normal((6, 3)).astype(np.float32)
     slopes = [
         (discriminator(z + move) - discriminator(z - move)).numpy()[:, 0] / (2 * step)
         for move in step * np.eye(3, dtype=np.float32)
@@ -152,22 +140,6 @@ def test_step_takes_the_stages_of_the_assignment_in_turn():
         np.testing.assert_allclose(weights(model)[name], values, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("rates", "moving"),
-    [
-        ((0.01, 0.0, 0.0), {"encoder", "decoder"}),
-        ((0.0, 0.01, 0.0), {"discriminator"}),
-        ((0.0, 0.0, 0.01), {"encoder"}),
-    ],
-)
-def test_each_stage_trains_its_own_networks(rates, moving):
-    model = compiled(rates)
-    before = weights(model)
-    model.train_step((BATCH, BATCH))
-    after = weights(model)
-    assert {name for name in before if (before[name] != after[name]).any()} == moving
-
-
 def learn(rates, steps, **changes):
     """Return a model before and after some steps of Adam on one batch."""
     before = build(**changes)
@@ -178,34 +150,29 @@ def learn(rates, steps, **changes):
     return before, model
 
 
-def test_stage_a_lowers_the_reconstruction_loss():
+def test_stages_learn_what_they_minimise():
     models = learn((1e-3, 0.0, 0.0), 30)
     before, after = (q2.reconstruction_loss(BATCH, m(BATCH)).numpy() for m in models)
     assert after < 0.8 * before
 
-
-def test_stage_b_tells_codes_from_the_prior():
+    # With the encoder at rest, the discriminator learns to tell its codes apart.
     _, model = learn((0.0, 2e-3, 0.0), 40)
-    z = RNG.standard_normal((1000, 8)).astype(np.float32)
-    on_prior = model.discriminator(z).numpy()
+    on_prior = model.discriminator(model.draw_prior(1000)).numpy()
     on_codes = model.discriminator(model.encoder(IMAGES[:1000])).numpy()
     assert (on_prior > 0).mean() + (on_codes < 0).mean() > 1.7
 
+    # With the discriminator at rest, the encoder's codes pass it for draws.
+    models = learn((0.0, 0.0, 2e-3), 30)
+    before, after = (m.discriminator(m.encoder(BATCH)).numpy().mean() for m in models)
+    assert after > before + 0.1
 
-def test_stage_b_flattens_the_discriminator_as_the_r1_weight_asks():
+
+def test_discriminator_learns_against_its_slope():
     z, slopes = tf.constant(RNG.standard_normal((500, 8)).astype(np.float32)), []
     for weight in (0.0, 10.0):
         _, model = learn((0.0, 2e-3, 0.0), 40, r1_weight=weight)
         slopes.append(q2.r1_penalty(model.discriminator, z).numpy())
     assert slopes[1] < 0.2 * slopes[0]
-
-
-def test_stage_c_makes_the_discriminator_take_codes_for_draws():
-    before, after = (
-        np.log(1 - probability(model.discriminator(model.encoder(BATCH)).numpy()))
-        for model in learn((0.0, 0.0, 2e-3), 30)
-    )
-    assert after.mean() < before.mean() - 0.1
 
 
 def test_fit_computes_what_the_plain_step_computes(monkeypatch):
@@ -314,7 +281,7 @@ def test_encoder_starts_finite_where_images_have_few_dimensions():
     assert 0.8 < deviations[:3].min() <= deviations[:3].max() < 1.2
 
 
-def test_gaussian_codes_have_the_posteriors_noise_anew_each_time():
+def test_codes_have_the_posteriors_noise_anew_each_time_or_none():
     encoder = q2.build_encoder(8, SMALL._replace(signal_dimensions=3))
     means, deviations = metrics.posterior(encoder, IMAGES[:1])
     np.testing.assert_allclose(deviations[0], [q2.START_NOISE] * 3 + [1] * 5, rtol=1e-4)
@@ -322,16 +289,12 @@ def test_gaussian_codes_have_the_posteriors_noise_anew_each_time():
     codes = utils.predict(encoder, many)
     np.testing.assert_allclose(codes.mean(axis=0), means[0], atol=0.06)
     np.testing.assert_allclose(codes.std(axis=0), deviations[0], rtol=0.05)
-    assert not np.isclose(codes, utils.predict(encoder, many)).any(axis=1).all()
+    assert np.isclose(codes, utils.predict(encoder, many)).mean() < 0.01
 
-
-def test_a_deterministic_code_is_a_point():
-    encoder = q2.build_encoder(8, SMALL._replace(gaussian=False))
-    means, deviations = metrics.posterior(encoder, IMAGES[:5])
+    point = q2.build_encoder(8, SMALL._replace(gaussian=False))
+    means, deviations = metrics.posterior(point, IMAGES[:5])
+    np.testing.assert_allclose(utils.predict(point, IMAGES[:5]), means, atol=1e-6)
     np.testing.assert_array_equal(deviations, 0)
-    for _ in range(2):
-        codes = utils.predict(encoder, IMAGES[:5])
-        np.testing.assert_allclose(codes, means, atol=1e-6)
 
 
 def test_prior_draws_are_standard_normal_and_not_the_encoders_noise():
@@ -386,3 +349,22 @@ def test_networks_are_perceptrons_that_keep_their_contract_when_saved(tmp_path, 
         else:
             np.testing.assert_allclose(found, network(given), rtol=1e-5, atol=1e-6)
         assert name != "decoder" or 0 <= found.min() <= found.max() <= 1
+
+
+def test_augmentation_keeps_a_digits_place_and_is_its_own_for_each():
+    images = np.repeat(IMAGES[:2], 40, axis=0)
+    changed = q2.augment(images, np.random.default_rng(0))
+    again = q2.augment(images, np.random.default_rng(0))
+    np.testing.assert_array_equal(changed, again)
+    assert changed.shape == images.shape
+    assert changed.dtype == np.float32
+    assert 0 <= changed.min() <= changed.max() <= 1
+    assert len(np.unique(changed, axis=0)) == 80
+    grid = np.mgrid[:28, :28].reshape(2, 784)
+    before, after = (
+        x @ grid.T / x.sum(axis=1, keepdims=True) for x in (images, changed)
+    )
+    assert 0.3 < np.abs(after - before).max() < 3
+    np.testing.assert_allclose((after - before).mean(axis=0), 0, atol=0.4)
+    mass = changed.sum(axis=1) / images.sum(axis=1)
+    assert 0.7 < mass.min() < mass.max() < 1.4
