@@ -277,7 +277,7 @@ def q2_frontier(path: Path, points: Mapping[str, tuple[float, float, bool]]) -> 
     """Draw the Fréchet distance of samples against the test MSE, a point a model.
 
     Points are test MSE, Fréchet distance, and whether it was trained for as long as the
-    default run.
+    default run. In a crowd only the first is named.
     """
     with _figure(path, size=(7.5, 4.8)) as (_, axes):
         axes.set(
@@ -287,12 +287,15 @@ def q2_frontier(path: Path, points: Mapping[str, tuple[float, float, bool]]) -> 
             ylabel="Fréchet distance of samples",
             title="Reconstruction against samples: lower left is better",
         )
+        named = []
         for name, (mse, distance, is_long) in points.items():
             colour = ACCENT if is_long else INK
             axes.plot(mse, distance, "o" if is_long else ".", color=colour)
-            axes.annotate(
-                name, (mse, distance), (5, 3), textcoords="offset points", fontsize=7
-            )
+            place = np.log10([mse, distance])
+            if all((np.abs(place - other) > (0.06, 0.06)).any() for other in named):
+                named.append(place)
+                style = {"textcoords": "offset points", "fontsize": 8}
+                axes.annotate(name, (mse, distance), (6, 4), **style)
         for marker, colour, label in (
             ("o", ACCENT, "as long as the default"),
             (".", INK, "shorter"),

@@ -135,17 +135,10 @@ def evaluate(
     errors: np.ndarray,
     masks: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Compare the autoencoder with PCA on the test images.
+    """Compare the autoencoder with PCA of the same training images, on test images.
 
-    Args:
-        autoencoder: trained.
-        train: what it was trained on; PCA is fitted on the same.
-        test: held out.
-        errors: the test images' squared errors, float32 (N, 28, 28, 3).
-        masks: bool (N, 28, 28), where the test images' digits are, if known.
-
-    Returns:
-        The metrics; None where labels or masks are needed that aren't there.
+    Their squared errors are float32 (N, 28, 28, 3); masks, bool (N, 28, 28), say where
+    their digits are. What needs labels or masks that aren't there is None.
     """
     encoder = autoencoder.get_layer("encoder")
     code_dim = encoder.output_shape[-1]
@@ -158,10 +151,8 @@ def evaluate(
         "mean_image_test_mse": metrics.mean_image_mse(train.images, test.images),
         "code_dim": code_dim,
         "parameters": autoencoder.count_params(),
-        "digit_test_mse": None,
-        "mse_inside_digit": None,
-        "mse_outside_digit": None,
-        "knn_accuracy": None,
+        **dict.fromkeys(("mse_inside_digit", "mse_outside_digit")),
+        **dict.fromkeys(("digit_test_mse", "knn_accuracy")),
     }
     if masks is not None:
         found["mse_inside_digit"] = float(errors[masks].mean(dtype=np.float64))

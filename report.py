@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 Metrics = Mapping[str, Any]
+FRECHET = ("frechet_distance", "frechet_distance_floor", "frechet_distance_restored")
 # Rows of question 1's comparisons that differ in the code's size alone.
 Q1_SIZES = ("code-16", "code-32", "code-64", "default", "code-256")
 
@@ -143,71 +144,19 @@ def q1_designs(metrics: Metrics) -> str:
 def q2(metrics: Metrics) -> str:
     """Return the measures of a run of question 2."""
     balance = 2 * math.log(2)
-    nearest = metrics["nearest_training_image"]
-
-    def distance(key: str) -> str:
-        value = metrics.get(key)
-        return "not measured (no labels)" if value is None else f"{value:.1f}"
-
-    def match(name: str, where: str) -> list[tuple[str, str, str]]:
-        found = metrics.get(name)
-        if found is None:
-            return []
-        draws = found["draws"]
-        low, high = (
-            draws[f"covariance_eigenvalue_{end}"][end == "max"]
-            for end in ("min", "max")
-        )
-        mmd, most = (f"{1e4 * value:.1f}" for value in (found["mmd"], draws["mmd"][1]))
-        return [
-            (
-                f"covariance eigenvalues, {where}",
-                eigenvalues(found),
-                f"{low:.3g} .. {high:.3g} (true draws)",
-            ),
-            (f"MMD² to the prior · 10⁴, {where}", mmd, f"at most {most} (true draws)"),
-        ]
-
     linear = [f"{mse:.5f} (PCA, {n})" for n, mse in metrics["pca_test_mse"].items()]
+    fresh = percent(metrics["fresh_discriminator_accuracy"])
+    dimensions = metrics["signal_dimensions"]
+    last = "in the last epoch, training (nats)"
     rows = [
         ("test MSE (pixels in 0..1)", f"{metrics['test_mse']:.5f}", ", ".join(linear)),
         ("mean of the test norms", f"{metrics['test_reconstruction_loss']:.3f}", "0"),
-        (
-            "L_D in the last epoch, training (nats)",
-            number(metrics["loss_discriminator"]),
-            number(balance),
-        ),
-        (
-            "L_Enc in the last epoch, training (nats)",
-            number(metrics["loss_encoder"]),
-            number(-balance / 2),
-        ),
-        (
-            "accuracy of a fresh discriminator",
-            percent(metrics["fresh_discriminator_accuracy"]),
-            "50 %",
-        ),
-        *match("prior_match", "all coordinates"),
-        *match("signal_match", f"{metrics['signal_dimensions']} signal coordinates"),
-        (
-            "Fréchet distance of samples",
-            distance("frechet_distance"),
-            f"{distance('frechet_distance_floor')} (training images), "
-            f"{distance('frechet_distance_restored')} (test reconstructions)",
-        ),
-        (
-            f"Parzen log-likelihood, σ = {metrics['parzen_sigma']:.3f} (nats)",
-            f"{metrics['parzen_log_likelihood']:.0f} "
-            f"± {metrics['parzen_standard_error']:.1f}",
-            "",
-        ),
-        (
-            "distance of samples to the nearest training image, median",
-            f"{nearest['samples']:.2f}",
-            f"{nearest['test_images']:.2f} (test images), "
-            f"{nearest['test_reconstructions']:.2f} (their reconstructions)",
-        ),
-        ("trust in the t-SNE map", f"{metrics['tsne_trustworthiness']:.3f}", "1"),
+        (f"L_D {last}", number(metrics["loss_discriminator"]), number(balance)),
+        (f"L_Enc {last}", number(metrics["loss_encoder"]), number(-balance / 2)),
+        ("accuracy of a fresh discriminator", fresh, "50 %"),
+        *match_rows("all coordinates", metrics["prior_match"]),
+        *match_rows(f"{dimensions} signal coordinates", metrics["signal_match"]),
+        *sample_rows(metrics),
     ]
     if metrics["knn_accuracy"] is not None:
         accuracy = {key: percent(x) for key, x in metrics["knn_accuracy"].items()}
@@ -219,6 +168,51 @@ def q2(metrics: Metrics) -> str:
             rows.append((f"{name}, signal coordinates", accuracy["signal"], others))
     table = markdown_table(("measure", "this run", "to compare"), rows)
     return f"{table}\n\n{verdict(metrics)}\n\n{provenance(metrics)}"
+
+
+def match_rows(where: str, match: Metrics | None) -> list[tuple[str, str, str]]:
+    """Return rows that compare codes with true draws, over some coordinates."""
+    if match is None:
+        return []
+    draws = match["draws"]
+    low = draws["covariance_eigenvalue_min"][0]
+    high = draws["covariance_eigenvalue_max"][1]
+    mmd, most = (f"{1e4 * value:.1f}" for value in (match["mmd"], draws["mmd"][1]))
+    compared = f"{low:.3g} .. {high:.3g} (true draws)"
+    return [
+        (f"covariance eigenvalues, {where}", eigenvalues(match), compared),
+        (f"MMD² to the prior · 10⁴, {where}", mmd, f"at most {most} (true draws)"),
+    ]
+
+
+def sample_rows(metrics: Metrics) -> list[tuple[str, str, str]]:
+    """Return rows that say how good samples and the map are."""
+    distances = [
+        "not measured (no labels)" if metrics[key] is None else f"{metrics[key]:.1f}"
+        for key in FRECHET
+    ]
+    nearest = [f"{value:.2f}" for value in metrics["nearest_training_image"].values()]
+    parzen = f"{metrics['parzen_log_likelihood']:.0f}"
+    parzen += f" ± {metrics['parzen_standard_error']:.1f}"
+    images = "{} (test images), {} (their reconstructions)"
+    return [
+        (
+            "Fréchet distance of samples",
+            distances[0],
+            "{} (training images), {} (test reconstructions)".format(*distances[1:]),
+        ),
+        (
+            f"Parzen log-likelihood, σ = {metrics['parzen_sigma']:.3f} (nats)",
+            parzen,
+            "",
+        ),
+        (
+            "median distance of samples to the nearest training image",
+            nearest[0],
+            images.format(*nearest[1:]),
+        ),
+        ("trust in the t-SNE map", f"{metrics['tsne_trustworthiness']:.3f}", "1"),
+    ]
 
 
 def verdict(metrics: Metrics) -> str:

@@ -212,10 +212,9 @@ def unit_floats(images: np.ndarray) -> np.ndarray:
 def prepare_splits(
     splits: Sequence[Split], options: argparse.Namespace
 ) -> tuple[Split, ...]:
-    """Scale train, validation and test images to [0, 1], float32; limit what is asked.
+    """Scale the images to [0, 1], float32; under `--quick` take the first ones only.
 
-    Under `--quick` the splits have their first images only. A batch size beyond the
-    number of training images becomes that number.
+    A batch size beyond the number of training images becomes that number.
 
     Raises:
         UsageError: a split has fewer images than training and measuring take, or all
@@ -404,15 +403,9 @@ class RunFolder:
     ) -> None:
         """Train a model, keeping checkpoints and the history; see `_Recorder`.
 
-        Whether training ends or is interrupted, what was learned is saved.
-
-        Args:
-            model: compiled, and its optimizers built.
-            networks: each is saved in the folder as NAME.keras.
-            train: float32 (N, ...) in [0, 1], training images.
-            valid: float32 (M, ...) in [0, 1], validation images.
-            draw: draws the history.
-            change: as in `shuffled_batches`.
+        Whether training ends or is interrupted, the networks are saved as NAME.keras,
+        and `draw` draws the history. The model is compiled, its optimizers are built;
+        the images are float32 (N, ...) in [0, 1].
 
         Raises:
             UsageError: a loss is no longer finite, or the checkpoint is damaged.
@@ -494,10 +487,7 @@ class RunFolder:
     def write_metrics(
         self, metrics: Mapping[str, Any], file_name: str | None = None
     ) -> None:
-        """Write the numbers, and where they come from, beside the figures.
-
-        `file_name` is NAME_metrics.json by default.
-        """
+        """Write the numbers, and where they come from, beside the figures."""
         options, rows = self.options, self.rows
         kept = ("epochs", "batch_size", "learning_rate", "quick")
         complete = {
@@ -557,11 +547,9 @@ class _Recorder(keras.callbacks.Callback):
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Write a file beside its place and rename it into it when the block ends.
+    """Yield a path beside a file, and rename it to the file when the block ends.
 
-    Yields:
-        A path in the same folder whose name ends the same, to write to. Where the block
-        fails, it is removed and the old file stays whole.
+    Its name ends the same. Where the block fails, the old file stays whole.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -589,11 +577,9 @@ def sources_path(path: str | os.PathLike) -> Path:
 
 
 def describe_source(path: str | os.PathLike) -> dict[str, str]:
-    """Say where a data file comes from.
+    """Say where a data file comes from: `file`, `sha256` and `source`.
 
-    Returns:
-        `file`, `sha256` and `source`; for a file that `make_data.py` built and nobody
-        changed since, `digits` and, for MNIST-M, `backgrounds` as well.
+    Of a file that `make_data.py` built and nobody changed since, also what it recorded.
     """
     path, digest = Path(path), hashlib.sha256()
     with path.open("rb") as file:
