@@ -297,8 +297,8 @@ def q2_frontier(path: Path, points: Mapping[str, tuple[float, float, bool]]) -> 
                 style = {"textcoords": "offset points", "fontsize": 8}
                 axes.annotate(name, (mse, distance), (6, 4), **style)
         for marker, colour, label in (
-            ("o", ACCENT, "as long as the default"),
-            (".", INK, "shorter"),
+            ("o", ACCENT, "long runs"),
+            (".", INK, "short runs"),
         ):
             axes.plot([], [], marker, color=colour, label=label)
         axes.legend(loc="lower right")
