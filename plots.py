@@ -96,10 +96,12 @@ def image_grid(
 
 def _both_losses(axes: Axes, history: History, name: str) -> None:
     """Draw a quantity on training and, where there is one, on validation images."""
-    axes.plot(history["epoch"], history[name], "o-", ms=3, label="training")
+    few = len(history["epoch"]) <= 60  # so that markers do not hide the lines
+    line = {"ms": 3} if few else {"ms": 0, "lw": 0.8}
+    axes.plot(history["epoch"], history[name], "o-", label="training", **line)
     if f"val_{name}" in history:
         validation = history[f"val_{name}"]
-        axes.plot(history["epoch"], validation, "s--", ms=3, label="validation")
+        axes.plot(history["epoch"], validation, "s--", label="validation", **line)
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
