@@ -181,7 +181,8 @@ def test_finished_rows_are_kept_but_not_beside_other_settings_or_data(
     assert other_seed["relu"]["seed"] == 7
     assert trained == 1
 
-    pairs = [(split.images, np.eye(10)[split.labels]) for split in load_mnist_m(path)]
+    splits = load_mnist_m(path)
+    pairs = [(np.array(s.images), np.eye(10)[s.labels]) for s in splits]
     pairs[0][0][0] ^= 1
     save_pairs(path, pairs)
     other_data, trained = again("code-16")
