@@ -236,8 +236,9 @@ def verdict(metrics: Metrics) -> str:
     error = 0.5 / math.sqrt(2 * metrics["test_images"])
     if accuracy > 0.5 + 3 * error:
         apart.append("the accuracy of a fresh discriminator")
+    answer = "No" if accuracy > 0.75 else "Not exactly" if apart else "Yes"
     return (
-        f"Do the codes follow the prior? {'**Not exactly.**' if apart else '**Yes**'} "
+        f"Do the codes follow the prior? **{answer}.** "
         f"Over the {metrics['signal_dimensions']} signal coordinates, "
         f"{', '.join(apart) or 'none of these measures'} "
         f"{'are' if len(apart) > 1 else 'is'} outside what 19 sets of as many true "
