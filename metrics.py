@@ -162,7 +162,7 @@ def tsne_map(codes: np.ndarray, seed: int) -> tuple[np.ndarray, float]:
     """
     tsne = TSNE(
         perplexity=min(30, max(1, (len(codes) - 1) // 3)),
-        initialization="pca",
+        initialization="pca" if codes.shape[1] > 1 else "random",
         neighbors="exact",  # sooner found than the approximate ones
         n_interpolation_points=2,  # in two thirds of the time of 3
         n_jobs=-1,
