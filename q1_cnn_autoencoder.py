@@ -25,7 +25,14 @@ import metrics
 import plots
 import report
 from make_data import ensure_data
-from read_MNIST_M import NUM_CLASSES, DataError, Split, load_digits, load_mnist_m
+from read_MNIST_M import (
+    NUM_CLASSES,
+    DataError,
+    Split,
+    find_file,
+    load_digits,
+    load_mnist_m,
+)
 
 DATA = "MNIST_M.npy"
 CODE_DIM = 128
@@ -247,7 +254,7 @@ def train(run: utils.RunFolder, images: np.ndarray, valid: np.ndarray) -> keras.
 def main() -> None:
     """Answer question 1."""
     options = parse_options()
-    options.data = options.data or ensure_data(DATA)
+    options.data = find_file(options.data or ensure_data(DATA))
     splits = utils.prepare_splits(load_mnist_m(options.data), options)
     train_split, valid, test = splits
     with utils.RunFolder(options) as run:

@@ -37,7 +37,7 @@ import metrics
 import plots
 import report
 from make_data import ensure_data
-from read_MNIST_M import Split, load_digits
+from read_MNIST_M import Split, find_file, load_digits
 
 DATA = "data.npy"
 PIXELS = 784  # 28 x 28; the assignment's 768 is a slip
@@ -531,7 +531,7 @@ def measure(
 def main() -> None:
     """Answer question 2."""
     options = parse_options()
-    options.data = options.data or ensure_data(DATA)
+    options.data = find_file(options.data or ensure_data(DATA))
     splits = utils.prepare_splits(load_digits(options.data, options.labels), options)
     if options.default_epochs:
         steps = len(splits[0].images) // options.batch_size

@@ -33,7 +33,7 @@ for _name, _value in _before.items():
 if keras.backend.backend() != "tensorflow":
     raise ImportError("Keras has another backend: import this module before Keras")
 
-from read_MNIST_M import DataError, Split, find_file  # noqa: E402
+from read_MNIST_M import DataError, Split  # noqa: E402
 
 try:
     import fcntl
@@ -220,7 +220,7 @@ def prepare_splits(
         UsageError: a split has fewer images than training and measuring take, or all
             training images are the same.
     """
-    prepared, options.data = [], find_file(options.data)
+    prepared = []
     for (images, labels), size, least, name in zip(
         splits,
         QUICK_SIZES,

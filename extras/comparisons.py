@@ -32,7 +32,7 @@ import q1_cnn_autoencoder as q1
 import q2_aae as q2
 import report
 from make_data import ensure_data
-from read_MNIST_M import Split, load_digits, load_mnist_m
+from read_MNIST_M import Split, find_file, load_digits, load_mnist_m
 
 SHORTER = 3  # times fewer epochs, in the short rows
 FINISHED = "row.json"
@@ -373,7 +373,7 @@ def main() -> None:
         if name not in rows:
             raise utils.UsageError(f"--rows: found {name}, expected {', '.join(rows)}")
     base = script.parse_options(others)
-    base.data = base.data or ensure_data(script.DATA)
+    base.data = find_file(base.data or ensure_data(script.DATA))
     base.run_dir = base.run_dir.parent / "comparisons" / asked.question
     splits = utils.prepare_splits(load(base.data), base)
     found = {}
