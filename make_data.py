@@ -83,6 +83,7 @@ def build(
     backgrounds: str | os.PathLike | None = None,
     seed: int = DEFAULT_SEED,
     names: Sequence[str] = NAMES,
+    hold_out: int = 0,
 ) -> None:
     """Write `MNIST_M.npy`, `data.npy` and a record of their sources.
 
@@ -96,9 +97,12 @@ def build(
             and where that fails the two that scikit-learn ships are used.
         seed: of the crops; the same seed and photographs give the same bytes.
         names: of the files to write, of `MNIST_M.npy` and `data.npy`.
+        hold_out: photographs that are behind all test images, and behind no other;
+            with 0 all are behind all images, as in the original.
 
     Raises:
-        DataError: the digits can't be had, or `backgrounds` holds no photograph.
+        DataError: the digits can't be had, `backgrounds` holds no photograph, or all
+            would be held out.
     """
     missing = [name for name in names if not _is_there(Path(folder) / name)]
     if not missing:
@@ -113,7 +117,18 @@ def build(
         photographs, photographs_source = find_backgrounds(backgrounds)
         print("Laying the digits over the photographs.", flush=True)
         rng = np.random.RandomState(seed)  # its stream is frozen across numpy versions
-        pairs = [(blend(images, photographs, rng), labels) for images, labels in parts]
+        seen, unseen = photographs[hold_out:], photographs[:hold_out] or photographs
+        if not seen:
+            found = f"{len(photographs)} photographs"
+            raise DataError(f"--hold-out: found {found}, expected over {hold_out}")
+        if hold_out:
+            photographs_source += f", {hold_out} of them behind test images alone"
+        pairs = [
+            (blend(images, behind, rng), labels)
+            for (images, labels), behind in zip(
+                parts, (seen, seen, unseen), strict=True
+            )
+        ]
         sources |= {"backgrounds": photographs_source, "seed": str(seed)}
         _save(Path(folder) / "MNIST_M.npy", np.fromiter(pairs, object), sources)
 
@@ -386,13 +401,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--out", metavar="DIR", default=".", help="where to write (default: here)")
     text = "of the crops, or of the choice of 2,000 images (default: 0)"
     add("--seed", type=int, metavar="N", default=DEFAULT_SEED, help=text)
+    text = "photographs that are behind test images alone (default: 0)"
+    add("--hold-out", type=int, metavar="N", default=0, help=text)
     options = parser.parse_args(arguments)
     if not 0 <= options.seed < 2**32:
         parser.error(f"--seed: found {options.seed}, expected 0..{2**32 - 1}")
+    if options.hold_out < 0:
+        parser.error(f"--hold-out: found {options.hold_out}, expected 0 or more")
     if options.course:
         build_course(options.out, options.seed)
     else:
-        build(options.out, options.backgrounds, options.seed)
+        build(options.out, options.backgrounds, options.seed, hold_out=options.hold_out)
 
 
 if __name__ == "__main__":

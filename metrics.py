@@ -7,28 +7,27 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
 import numpy as np
 import scipy.linalg
-import tensorflow as tf
+import scipy.special
+import scipy.stats
 from openTSNE import TSNE
 from scipy.spatial import geometric_slerp
 from sklearn.decomposition import PCA
 from sklearn.manifold import trustworthiness
+from sklearn.metrics import pairwise_distances_chunked
 from sklearn.metrics.pairwise import euclidean_distances
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
-from sklearn.utils import gen_batches
 
 from read_MNIST_M import Split
 
-# The Parzen window's bandwidths that are tried, in units of a pixel's range.
-PARZEN_SIGMAS = np.geomspace(0.08, 0.4, 15)
 LOOKED_UP = 2_500  # test codes whose neighbours are sought: all 10,000 take long
-COMPARED = 500  # images of a kind whose nearest training image is sought
-TRUSTED = 3_000  # codes on whose map the trustworthiness is measured
+TRUSTED = 3_000  # codes or images on which trustworthiness is measured
+CLEAR = 0.9  # the classifier's confidence from which on an image is clearly a digit
 NULL_DRAWS = 19  # sets of true draws that codes are judged by: one in twenty by chance
 MMD_SIZE = 2_000  # codes, and draws, that an MMD compares
 FRESH_EPOCHS = 8  # of the discriminator that judges finished codes
@@ -105,8 +104,9 @@ def dimension_reduction(
         signal: bool (D,), the coordinates that carry more signal than noise.
 
     Returns:
-        `pca_test_mse` by the number of components, and `knn_accuracy`, None without
-        labels.
+        `pca_test_mse` by the number of components; `trustworthiness` of each space's
+        neighbourhoods against the images (Venna & Kaski 2001), in [0, 1], on `TRUSTED`
+        test images; `knn_accuracy`, None without labels.
     """
     spaces = {"pixels": (train.images, test.images), "code": (train_means, test_means)}
     if signal.any():
@@ -116,10 +116,16 @@ def dimension_reduction(
         pca = fit_pca(train.images, spaces[name][0].shape[1])
         errors[str(pca.n_components_)] = pca_reconstruction_mse(pca, test.images)
         spaces[f"pca_{name}"] = [pca.transform(s.images) for s in (train, test)]
+    images = test.images[:TRUSTED]
+    trust = {
+        name: float(trustworthiness(images, codes[: len(images)]))
+        for name, (_, codes) in spaces.items()
+        if name != "pixels"
+    }
     accuracy = None
     if train.labels is not None:
         accuracy = knn_accuracy(spaces, train.labels, test.labels)
-    return {"pca_test_mse": errors, "knn_accuracy": accuracy}
+    return {"pca_test_mse": errors, "trustworthiness": trust, "knn_accuracy": accuracy}
 
 
 def nearest(
@@ -132,21 +138,6 @@ def nearest(
     search = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(train_images)
     distances, indices = search.kneighbors(images)
     return indices[:, 0], distances[:, 0]
-
-
-def nearest_medians(
-    train_images: np.ndarray,
-    samples: np.ndarray,
-    test_images: np.ndarray,
-    restored: np.ndarray,
-) -> dict[str, float]:
-    """Return the median distance to the nearest training image, of `COMPARED` each."""
-    names = "samples", "test_images", "test_reconstructions"
-    distances = [
-        nearest(train_images, images[:COMPARED])[1]
-        for images in (samples, test_images, restored)
-    ]
-    return {n: float(np.median(d)) for n, d in zip(names, distances, strict=True)}
 
 
 def tsne_map(codes: np.ndarray, seed: int) -> tuple[np.ndarray, float]:
@@ -208,28 +199,38 @@ def prior_match(codes: np.ndarray) -> dict[str, Any]:
         kernel C / (C + ||a - b||^2) with C = 2 D (Tolstikhin et al. 2018,
         arXiv:1711.01558), 0 on average for codes drawn from the prior.
         `mean_abs_mean`, `std_min`, `std_max`: over the D coordinates.
+        `ks_max`: of the D marginals the largest Kolmogorov-Smirnov distance to N(0, 1).
         `covariance_eigenvalue_min`, `covariance_eigenvalue_max`.
         `draws`: of each of these the least and the most that it was for `NULL_DRAWS`
         sets of N true draws, which tell chance from a departure at any N and D.
     """
-    rng = np.random.default_rng(0)
-    found = _against_prior(codes.astype(np.float64), rng)
-    draws = [
-        _against_prior(rng.standard_normal(codes.shape), rng) for _ in range(NULL_DRAWS)
-    ]
-    columns = {key: [each[key] for each in draws] for key in found}
-    return found | {"draws": {key: [min(c), max(c)] for key, c in columns.items()}}
+    found = _against_prior(codes.astype(np.float64), np.random.default_rng(0))
+    return found | {"draws": _prior_draws(*codes.shape)}
+
+
+@functools.cache
+def _prior_draws(count: int, dimensions: int) -> dict[str, list[float]]:
+    """Return the span of each measure over `NULL_DRAWS` sets of true draws."""
+    rng = np.random.default_rng(1)
+    sets = (rng.standard_normal((count, dimensions)) for _ in range(NULL_DRAWS))
+    found = [_against_prior(draws, rng) for draws in sets]
+    columns = {key: [each[key] for each in found] for key in found[0]}
+    return {key: [min(column), max(column)] for key, column in columns.items()}
 
 
 def _against_prior(codes: np.ndarray, rng: np.random.Generator) -> dict[str, float]:
     # At random: the first half of MNIST's test images is the neater one.
     chosen = codes[rng.permutation(len(codes))[:MMD_SIZE]]
     std, eigenvalues = codes.std(axis=0), covariance_eigenvalues(codes)
+    share = scipy.stats.norm.cdf(np.sort(codes, axis=0))  # under the prior
+    ranks = np.arange(len(codes))[:, np.newaxis] / len(codes)
+    above, below = share - ranks, ranks + 1 / len(codes) - share
     return {
         "mmd": _mmd_squared(chosen, rng.standard_normal(chosen.shape)),
         "mean_abs_mean": float(np.abs(codes.mean(axis=0)).mean()),
         "std_min": float(std.min()),
         "std_max": float(std.max()),
+        "ks_max": float(np.maximum(above, below).max()),
         "covariance_eigenvalue_min": float(eigenvalues[-1]),
         "covariance_eigenvalue_max": float(eigenvalues[0]),
     }
@@ -307,17 +308,43 @@ def fresh_discriminator_accuracy(
     return float(discriminator.evaluate(*draws_and(test_codes), verbose=0)[1])
 
 
+def match_prior(
+    build_discriminator: Callable[[int], keras.Model],
+    posterior: tuple[np.ndarray, np.ndarray],
+    codes: np.ndarray,
+    signal: np.ndarray,
+) -> dict[str, dict[str, Any] | None]:
+    """Compare codes with the prior over all coordinates, and over those with signal.
+
+    Args:
+        build_discriminator: makes a fresh discriminator for a number of dimensions.
+        posterior: mean and deviation of q(z|x) for training images, (N, D) each.
+        codes: of test images, (M, D).
+        signal: bool (D,).
+
+    Returns:
+        Under "all" and "signal" what `prior_match` returns, and `fresh_discriminator`;
+        None where no coordinate has signal.
+    """
+    match: dict[str, Any] = {"signal": None}
+    for name, kept in (("all", np.ones_like(signal)), ("signal", signal)):
+        if kept.any():
+            some, parts = codes[:, kept], [part[:, kept] for part in posterior]
+            judge = build_discriminator(some.shape[1])
+            accuracy = fresh_discriminator_accuracy(judge, *parts, some)
+            match[name] = prior_match(some) | {"fresh_discriminator": accuracy}
+    return match
+
+
 # Samples -----------------------------------------------------------------------------
 
 
-def train_digit_classifier(
-    images: np.ndarray, labels: np.ndarray, epochs: int = 3, seed: int = 0
-) -> keras.Model:
-    """Train the digit classifier whose features the Fréchet distance compares.
+def train_digit_classifier(train: Split, seed: int = 0) -> keras.Model:
+    """Train the digit classifier in whose features generated images are measured.
 
-    No autoencoder sees it. Distances under another classifier are not comparable. It
-    maps images (N, 784) to logits (N, 10); its layer `features` gives the 64 numbers
-    before them.
+    No autoencoder sees it. Measures under another one are not comparable. It maps
+    images (N, 784) to logits (N, 10); its layer `features` gives the 64 numbers before
+    them.
     """
     keras.utils.set_random_seed(seed)
     layers = keras.layers
@@ -331,25 +358,24 @@ def train_digit_classifier(
             layers.Flatten(),
             layers.Dropout(0.3),
             layers.Dense(64, activation="relu", name="features"),
-            layers.Dense(10),
+            layers.Dense(10, name="logits"),
         ]
     )
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     # XLA's convolutions are slow.
-    classifier.compile("adam", loss, metrics=["accuracy"], jit_compile=False)
-    classifier.fit(images, labels, batch_size=128, epochs=epochs, verbose=0)
+    classifier.compile("adam", loss, jit_compile=False)
+    classifier.fit(train.images, train.labels, batch_size=128, epochs=3, verbose=0)
     return classifier
 
 
-@functools.cache
-def _up_to_features(classifier: keras.Model) -> keras.Model:
-    return keras.Model(classifier.inputs, classifier.get_layer("features").output)
-
-
-def digit_features(classifier: keras.Model, images: np.ndarray) -> np.ndarray:
-    """Return the classifier's features, float64 (N, 64), of images (N, 784)."""
-    network = _up_to_features(classifier)
-    return network.predict(images, batch_size=500, verbose=0).astype(np.float64)
+def classify(
+    classifier: keras.Model, images: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return features, float64 (N, 64), and logits, float32 (N, 10), of (N, 784)."""
+    outputs = [classifier.get_layer(name).output for name in ("features", "logits")]
+    network = keras.Model(classifier.inputs, outputs)
+    features, logits = network.predict(images, batch_size=500, verbose=0)
+    return features.astype(np.float64), logits
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -369,72 +395,67 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     )
 
 
-def frechet_distances(
-    train: Split, test: Split, restored: np.ndarray, samples: np.ndarray
-) -> dict[str, float | None]:
-    """Measure how far images are from the test images, in a classifier's features.
+def coverage(points: np.ndarray, known: np.ndarray, neighbours: int = 3) -> float:
+    """Return which share of features (N, D) lies in the manifold of others, (M, D).
+
+    The manifold is all that is no further from a known point than its third nearest
+    neighbour (Kynkäänniemi et al. 2019, arXiv:1904.06991). Of generated images among
+    true ones this is precision, of true ones among generated ones it is recall.
+    """
+    search = NearestNeighbors(n_neighbors=neighbours, algorithm="brute").fit(known)
+    radii = search.kneighbors()[0][:, -1]
+    parts = pairwise_distances_chunked(
+        points, known, reduce_func=lambda distances, _: (distances <= radii).any(axis=1)
+    )
+    return float(np.concatenate(list(parts)).mean())
+
+
+def sample_quality(
+    classifier: keras.Model | None,
+    train: Split,
+    test: Split,
+    generated: Mapping[str, np.ndarray],
+) -> dict[str, dict[str, Any] | None]:
+    """Measure generated images, (N, 784) each, against the test images (M, 784).
+
+    All is measured in the classifier's features. Beside the generated images stand as
+    many training images as there are test images, `training_images`.
 
     Returns:
-        Distances of samples (S, 784), of training images (the floor) and of restored
-        test images (N, 784), and the classifier's accuracy on test images; each None
-        without labels.
+        By name, None without a classifier: `frechet_distance`; `precision` and `recall`
+        (see `coverage`); `digits`, the share of each digit; `clear`, the share that
+        the classifier is sure of (`CLEAR`). Of the test images the last two, and the
+        classifier's `accuracy`.
     """
-    keys = "frechet_distance", "frechet_distance_floor", "frechet_distance_restored"
-    if train.labels is None:
-        return dict.fromkeys((*keys, "classifier_test_accuracy"))
-    classifier = train_digit_classifier(train.images, train.labels)
-    accuracy = classifier.evaluate(test.images, test.labels, verbose=0)[1]
     # At random: a file may be sorted by digit.
     some = np.random.default_rng(0).permutation(len(train.images))[: len(test.images)]
-    goal, *others = (
-        digit_features(classifier, images)
-        for images in (test.images, samples, train.images[some], restored)
-    )
-    distances = [frechet_distance(other, goal) for other in others]
-    return dict(zip(keys, distances, strict=True)) | {
-        "classifier_test_accuracy": float(accuracy)
-    }
+    images = {**generated, "training_images": train.images[some]}
+    if classifier is None:
+        return dict.fromkeys((*images, "test_images"))
+
+    def digits(logits: np.ndarray) -> dict[str, Any]:
+        counts = np.bincount(logits.argmax(axis=1), minlength=10)
+        confidence = scipy.special.softmax(logits, axis=1).max(axis=1)
+        share = float((confidence >= CLEAR).mean())
+        return {"digits": (counts / len(logits)).tolist(), "clear": share}
+
+    true, logits = classify(classifier, test.images)
+    accuracy = float((logits.argmax(axis=1) == test.labels).mean())
+    quality = {"test_images": digits(logits) | {"accuracy": accuracy}}
+    for name, pixels in images.items():
+        features, logits = classify(classifier, pixels)
+        quality[name] = {
+            "frechet_distance": frechet_distance(features, true),
+            "precision": coverage(features, true),
+            "recall": coverage(true, features),
+            **digits(logits),
+        }
+    return quality
 
 
-def parzen_log_likelihood(
-    samples: np.ndarray, valid_images: np.ndarray, test_images: np.ndarray
-) -> dict[str, float]:
-    """Estimate the test images' log-likelihood under a Gaussian window on samples.
-
-    Goodfellow et al. 2014 (arXiv:1406.2661); misleading past the point that training
-    images reach (Theis et al. 2016, arXiv:1511.01844).
-
-    Samples are float (S, D); validation images, (N, D), choose the bandwidth; all are
-    of one dtype, which it computes in.
-
-    Returns:
-        `parzen_log_likelihood` in nats, mean over test images,
-        `parzen_standard_error` of that mean, and `parzen_sigma`, the bandwidth.
-    """
-    count, dimensions = samples.shape
-    centres = tf.constant(samples)
-    lengths = tf.reduce_sum(tf.square(centres), axis=1)
-
-    def window(images: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
-        x = tf.constant(images)
-        own = tf.reduce_sum(tf.square(x), axis=1, keepdims=True)
-        squared = own + lengths - 2.0 * tf.matmul(x, centres, transpose_b=True)
-        scales = -0.5 / sigmas**2
-        return np.stack(
-            [tf.reduce_logsumexp(squared * scale, axis=1) for scale in scales], axis=1
-        )
-
-    def log_likelihoods(images: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
-        batches = gen_batches(len(images), 200)
-        windows = [window(images[batch], sigmas) for batch in batches]
-        scale = np.log(sigmas * math.sqrt(2.0 * math.pi))
-        return np.concatenate(windows) - math.log(count) - dimensions * scale
-
-    on_valid = log_likelihoods(valid_images, PARZEN_SIGMAS).mean(axis=0)
-    sigma = PARZEN_SIGMAS[on_valid.argmax()]
-    on_test = log_likelihoods(test_images, np.array([sigma]))[:, 0]
-    return {
-        "parzen_log_likelihood": float(on_test.mean()),
-        "parzen_standard_error": float(on_test.std() / math.sqrt(len(on_test))),
-        "parzen_sigma": float(sigma),
-    }
+def pca_samples(train_images: np.ndarray, components: int, count: int) -> np.ndarray:
+    """Draw from a normal over principal components, decoded: float32 (count, 784)."""
+    pca = fit_pca(train_images, components)
+    z = np.random.default_rng(0).standard_normal((count, pca.n_components_))
+    images = pca.inverse_transform(z * np.sqrt(pca.explained_variance_))
+    return np.clip(images, 0.0, 1.0).astype(np.float32)

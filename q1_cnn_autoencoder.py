@@ -25,14 +25,7 @@ import metrics
 import plots
 import report
 from make_data import ensure_data
-from read_MNIST_M import (
-    NUM_CLASSES,
-    DataError,
-    Split,
-    find_file,
-    load_digits,
-    load_mnist_m,
-)
+from read_MNIST_M import NUM_CLASSES, Split, find_file, load_mnist_m
 
 DATA = "MNIST_M.npy"
 CODE_DIM = 128
@@ -59,16 +52,8 @@ def build_encoder(code_dim: int, activation: str = ACTIVATION) -> keras.Model:
     return keras.Model(image, code, name="encoder")
 
 
-def build_decoder(
-    code_dim: int,
-    activation: str = ACTIVATION,
-    channels: int = 3,
-    output: str | None = "sigmoid",
-) -> keras.Model:
-    """Build the decoder: codes (N, code_dim) to images (N, 28, 28, channels).
-
-    Other channels and outputs than the usual are for `extras/comparisons.py`.
-    """
+def build_decoder(code_dim: int, activation: str = ACTIVATION) -> keras.Model:
+    """Build the decoder: codes (N, code_dim) to images (N, 28, 28, 3) in [0, 1]."""
     hidden = {"padding": "same", "activation": activation}
     code = keras.Input((code_dim,))
     x = keras.layers.Dense(7 * 7 * WIDTHS[-1], activation=activation)(code)
@@ -77,7 +62,7 @@ def build_decoder(
     for width in reversed(WIDTHS[:-1]):
         x = keras.layers.Conv2DTranspose(width, 4, strides=2, **hidden)(x)
     image = keras.layers.Conv2DTranspose(
-        channels, 4, strides=2, padding="same", activation=output
+        3, 4, strides=2, padding="same", activation="sigmoid"
     )(x)
     return keras.Model(code, image, name="decoder")
 
@@ -118,34 +103,16 @@ def compile_autoencoder(
 # Measures --------------------------------------------------------------------------
 
 
-def read_masks(data: Path, count: int) -> np.ndarray | None:
-    """Find where the digits are in the first `count` test images of MNIST-M's file.
-
-    Image i of `data.npy`, beside it, shows the same digit if `make_data.py` built both.
-
-    Where it did not, what is returned is None, else bool (count, 28, 28).
-    """
-    digits = data.with_name("data.npy")
-    try:
-        sources = {utils.describe_source(path)["source"] for path in (data, digits)}
-        masks = load_digits(digits)[2].images.reshape(-1, 28, 28) > 0
-    except (DataError, OSError):
-        return None
-    built = sources == {"built by make_data.py"}
-    return masks[:count] if built and len(masks) >= count else None
-
-
 def evaluate(
     autoencoder: keras.Model,
     train: Split,
     test: Split,
     errors: np.ndarray,
-    masks: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Compare the autoencoder with PCA of the same training images, on test images.
 
-    Their squared errors are float32 (N, 28, 28, 3); masks, bool (N, 28, 28), say where
-    their digits are. What needs labels or masks that aren't there is None.
+    Their squared errors are float32 (N, 28, 28, 3). What takes labels is None where
+    there are none.
     """
     encoder = autoencoder.get_layer("encoder")
     code_dim = encoder.output_shape[-1]
@@ -158,12 +125,8 @@ def evaluate(
         "mean_image_test_mse": metrics.mean_image_mse(train.images, test.images),
         "code_dim": code_dim,
         "parameters": autoencoder.count_params(),
-        **dict.fromkeys(("mse_inside_digit", "mse_outside_digit")),
         **dict.fromkeys(("digit_test_mse", "knn_accuracy")),
     }
-    if masks is not None:
-        found["mse_inside_digit"] = float(errors[masks].mean(dtype=np.float64))
-        found["mse_outside_digit"] = float(errors[~masks].mean(dtype=np.float64))
     if train.labels is not None:
         by_image = errors.mean(axis=(1, 2, 3), dtype=np.float64)
         found["digit_test_mse"] = {
@@ -261,9 +224,8 @@ def main() -> None:
         autoencoder = train(run, train_split.images, valid.images)
         print("Measuring.", flush=True)
         restored = utils.predict(autoencoder, test.images)
-        masks = read_masks(Path(options.data), len(test.images))
         errors = np.square(restored - test.images)
-        found = evaluate(autoencoder, train_split, test, errors, masks)
+        found = evaluate(autoencoder, train_split, test, errors)
         run.lap("metrics")
         draw(options.figures, test.images, restored, found, options.seed)
         run.lap("figures")

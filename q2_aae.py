@@ -14,7 +14,7 @@ any draw decodes to a digit. A training step has three stages, each with its own
 `AdversarialAutoencoder.train_step` holds them, `Recipe` what the assignment leaves
 open. By default Enc(x) is a draw from a normal q(z|x), whose noise is small in ten of
 the 100 coordinates, which carry the image; the others stay near pure noise. (a) has
-weight decay and (b) a slope penalty, R1, besides. `--control` has none of this.
+weight decay besides. `--control` has none of this.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ BATCH_SIZE = 128
 LEARNING_RATE = 1.5e-3  # of (a), at its peak
 AUGMENT_BELOW = 10_000  # training images: fewer are augmented
 LEAST_STEPS = 5_000  # of training, where --epochs does not say otherwise
-SAMPLES = 10_000  # draws from the prior behind the Fréchet distance and Parzen window
+SAMPLES = 10_000  # draws from the prior whose quality is measured
 DISCRIMINATOR_HIDDEN = (400, 400, 400)
 # Standard deviation of q(z|x): in coordinates that carry the image, at the start and at
 # most; in the others, at least.
@@ -68,8 +68,7 @@ class Recipe(NamedTuple):
     decoder_skips: bool = True
     momentum: float = 0.5  # Adam's beta_1: a long memory makes adversaries circle
     weight_decay: float = 0.2  # in (a), times the rate (arXiv:1711.05101)
-    discriminator_rate: float = 3e-3  # of (b); stays while those of (a) and (c) fall
-    r1_weight: float = 0.1  # of the slope penalty in (b) (arXiv:1801.04406)
+    discriminator_rate: float = 1e-3  # of (b); stays while those of (a) and (c) fall
     encoder_rate: float = 1.5e-3  # of (c), at its peak
     encoder_epsilon: float = 1e-3  # of (c)'s Adam: its steps shrink with the gradient
 
@@ -82,7 +81,6 @@ CONTROL = Recipe(
     momentum=0.9,
     weight_decay=0.0,
     discriminator_rate=2e-4,
-    r1_weight=0.0,
     encoder_rate=2e-4,
     encoder_epsilon=1e-7,
 )
@@ -186,15 +184,6 @@ def encoder_loss(code_logits: tf.Tensor) -> tf.Tensor:
     return -tf.reduce_mean(tf.nn.softplus(code_logits))
 
 
-def r1_penalty(discriminator: keras.Model, z: tf.Tensor) -> tf.Tensor:
-    """Return R1, half the mean squared length of the logit's gradient at z, (N, D)."""
-    with tf.GradientTape() as tape:
-        tape.watch(z)
-        logits = discriminator(z)
-    gradient = tape.gradient(logits, z)
-    return 0.5 * tf.reduce_mean(tf.reduce_sum(tf.square(gradient), axis=-1))
-
-
 # Model -----------------------------------------------------------------------------
 
 
@@ -224,17 +213,15 @@ class AdversarialAutoencoder(keras.Model):
         self.optimizer.apply(tape.gradient(loss_recons, variables), variables)
 
         # (b) The discriminator minimises
-        #     L_D = -E_z[log D(z)] - E_x[log(1 - D(Enc(x)))], and R1 besides.
+        #     L_D = -E_z[log D(z)] - E_x[log(1 - D(Enc(x)))].
         codes = self.encoder(x)
         z = self.draw_prior(tf.shape(x)[0])
         with tf.GradientTape() as tape:
             loss_d = discriminator_loss(
                 self.discriminator(z), self.discriminator(codes)
             )
-            penalty = r1_penalty(self.discriminator, z)
-            objective = loss_d + self.recipe.r1_weight * penalty
         variables = self.discriminator.trainable_variables
-        gradients = tape.gradient(objective, variables)
+        gradients = tape.gradient(loss_d, variables)
         self.discriminator_optimizer.apply(gradients, variables)
 
         # (c) The encoder minimises L_Enc = E_x[log(1 - D(Enc(x)))].
@@ -393,32 +380,64 @@ def encode(
     )
 
 
+def digit_classifier(run: utils.RunFolder, train: Split) -> keras.Model | None:
+    """Return the classifier that judges all runs on this data, or None without labels.
+
+    It is trained where it is not there yet.
+    """
+    if train.labels is None:
+        return None
+    digest = run.source["sha256"][:8]
+    name = f"digit_classifier-{digest}-{len(train.labels)}.keras"
+    path = run.options.shared_dir / name
+    if not path.exists():
+        with utils.replacing(path) as temporary:
+            metrics.train_digit_classifier(train).save(temporary)
+    with utils.damage_told(path, "a saved classifier"):
+        return keras.saving.load_model(path)
+
+
 def evaluate(
-    encoded: Encoded, train: Split, valid: Split, test: Split
+    encoded: Encoded,
+    start: keras.Model,
+    classifier: keras.Model | None,
+    splits: Sequence[Split],
 ) -> dict[str, Any]:
-    """Measure reconstruction, prior match, samples; None what lacks labels."""
-    codes, restored, samples = encoded.codes, encoded.restored, encoded.samples
+    """Measure reconstruction, prior match, samples and neighbourhoods on test images.
+
+    `start` is the untrained encoder: what it passes too says nothing of training.
+    """
+    train, _, test = splits
+    codes, samples, restored = encoded.codes, encoded.samples, encoded.restored
     squared = np.square(test.images - restored, dtype=np.float64)
-    signal = metrics.signal_coordinates(*encoded.test)
-    fresh = build_discriminator(codes.shape[1])
+    means, deviations = encoded.test
+    signal = metrics.signal_coordinates(means, deviations)
+    noise = np.median(deviations[:, signal], axis=0)
+    match_prior = functools.partial(metrics.match_prior, build_discriminator)
+    match = match_prior(encoded.train, codes, signal)
+    untrained = metrics.posterior(start, train.images)
+    untrained_codes = utils.predict(start, test.images)
+    generated = {
+        "samples": samples,
+        "reconstructions": restored,
+        "pca_samples": metrics.pca_samples(train.images, max(1, len(noise)), SAMPLES),
+    }
+    quality = metrics.sample_quality(classifier, train, test, generated)
+    sampled, true = quality["samples"], quality["training_images"]
     return {
         "test_images": len(codes),
         "test_mse": float(squared.mean()),
         "test_reconstruction_loss": float(np.sqrt(squared.sum(axis=1)).mean()),
-        "prior_match": metrics.prior_match(codes),
-        "signal_match": metrics.prior_match(codes[:, signal]) if signal.any() else None,
-        "signal_dimensions": int(signal.sum()),
-        "fresh_discriminator_accuracy": metrics.fresh_discriminator_accuracy(
-            fresh, *encoded.train, codes
-        ),
-        "nearest_training_image": metrics.nearest_medians(
-            *(train.images, samples, test.images, restored)
-        ),
-        **metrics.parzen_log_likelihood(samples, valid.images, test.images),
-        **metrics.frechet_distances(train, test, restored, samples),
-        **metrics.dimension_reduction(
-            *(train, test, encoded.train[0], encoded.test[0], signal)
-        ),
+        "signal_dimensions": len(noise),
+        "signal_noise": noise.tolist(),
+        "prior_match": match["all"],
+        "signal_match": match["signal"],
+        "start_match": match_prior(untrained, untrained_codes, signal),
+        "fresh_discriminator_accuracy": match["all"]["fresh_discriminator"],
+        "frechet_distance": sampled and sampled["frechet_distance"],
+        "frechet_distance_floor": true and true["frechet_distance"],
+        "sample_quality": quality,
+        **metrics.dimension_reduction(train, test, encoded.train[0], means, signal),
     }
 
 
@@ -464,12 +483,15 @@ def draw(
     title = "A test digit's code moved along the codes' principal axes, decoded"
     grid("principal_axes", rows, title, [str(rank + 1) for rank in range(len(rows))])
 
-    draws = np.random.default_rng(0).standard_normal(codes.shape)
-    spectra = {
-        "codes": metrics.covariance_eigenvalues(codes),
-        f"{len(draws):,} prior draws": metrics.covariance_eigenvalues(draws),
-    }
-    plots.q2_prior_match(Path(f"{prefix}_prior_match.png"), codes, spectra)
+    signal = metrics.signal_coordinates(*encoded.test)
+    if signal.any():
+        codes = codes[:, signal]
+        draws = np.random.default_rng(0).standard_normal(codes.shape)
+        spectra = {
+            "codes": metrics.covariance_eigenvalues(codes),
+            f"{len(draws):,} prior draws": metrics.covariance_eigenvalues(draws),
+        }
+        plots.q2_prior_match(Path(f"{prefix}_prior_match.png"), codes, spectra)
 
 
 # Main ------------------------------------------------------------------------------
@@ -514,12 +536,15 @@ def measure(
     options, (train_split, _, test) = run.options, splits
     print("Measuring: a minute or two.", flush=True)
     encoded = encode(model.encoder, model.decoder, train_split, test, options.seed)
-    found = evaluate(encoded, *splits)
+    start = build_model(options, train_split.images, model.recipe).encoder
+    found = evaluate(encoded, start, digit_classifier(run, train_split), splits)
     run.lap("metrics")
     prefix = options.figures / options.name
     draw(prefix, model.decoder, encoded, train_split, test, options.seed)
     print("Mapping the codes by t-SNE: some minutes.", flush=True)
     points, trust = metrics.tsne_map(encoded.train[0], options.seed)
+    with utils.replacing(run.path / "tsne.npz") as temporary:
+        np.savez(temporary, points=points.astype(np.float32))
     plots.q2_tsne(Path(f"{prefix}_tsne.png"), points, train_split.labels)
     run.lap("figures")
     for name in ("discriminator", "encoder"):

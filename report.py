@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 Metrics = Mapping[str, Any]
-FRECHET = ("frechet_distance", "frechet_distance_floor", "frechet_distance_restored")
 # Rows of question 1's comparisons that differ in the code's size alone.
 Q1_SIZES = ("code-16", "code-32", "code-64", "default", "code-256")
 
@@ -79,6 +78,12 @@ def q1(metrics: Metrics) -> str:
     return "\n\n".join([table, verdict, provenance(metrics)])
 
 
+def q1_unseen(metrics: Metrics) -> str:
+    """Return question 1's error on photographs that training did not see."""
+    cnn, pca = metrics["test_mse"], metrics["pca_test_mse"]
+    return f"Test MSE: {cnn:.5f}, PCA's {pca:.5f}.\n\n{provenance(metrics)}"
+
+
 def q1_error(metrics: Metrics) -> str:
     """Return where question 1's error lies, and what the code knows."""
     parts = []
@@ -89,13 +94,6 @@ def q1_error(metrics: Metrics) -> str:
             f"The easiest digit is {easiest}, with a test MSE of "
             f"{by_digit[easiest]:.5f}, the hardest {hardest}, with "
             f"{by_digit[hardest]:.5f}."
-        )
-    if metrics["mse_inside_digit"] is None:
-        parts.append("Where the digits are is not known for this data.")
-    else:
-        parts.append(
-            f"Inside the digits the MSE is {metrics['mse_inside_digit']:.5f}, outside "
-            f"them {metrics['mse_outside_digit']:.5f}."
         )
     if accuracy is None:
         return " ".join(parts)
@@ -142,97 +140,123 @@ def q1_designs(metrics: Metrics) -> str:
 
 
 def q2(metrics: Metrics) -> str:
-    """Return the measures of a run of question 2."""
+    """Return all measures of a run of question 2."""
+    parts = q2_losses, q2_match, q2_samples, q2_neighbours, provenance
+    return "\n\n".join(part(metrics) for part in parts)
+
+
+def q2_losses(metrics: Metrics) -> str:
+    """Return a table of the errors and the losses."""
     balance = 2 * math.log(2)
     linear = [f"{mse:.5f} (PCA, {n})" for n, mse in metrics["pca_test_mse"].items()]
-    fresh = percent(metrics["fresh_discriminator_accuracy"])
-    dimensions = metrics["signal_dimensions"]
     last = "in the last epoch, training (nats)"
     rows = [
         ("test MSE (pixels in 0..1)", f"{metrics['test_mse']:.5f}", ", ".join(linear)),
         ("mean of the test norms", f"{metrics['test_reconstruction_loss']:.3f}", "0"),
         (f"L_D {last}", number(metrics["loss_discriminator"]), number(balance)),
         (f"L_Enc {last}", number(metrics["loss_encoder"]), number(-balance / 2)),
-        ("accuracy of a fresh discriminator", fresh, "50 %"),
-        *match_rows("all coordinates", metrics["prior_match"]),
-        *match_rows(f"{dimensions} signal coordinates", metrics["signal_match"]),
-        *sample_rows(metrics),
     ]
-    if metrics["knn_accuracy"] is not None:
-        accuracy = {key: percent(x) for key, x in metrics["knn_accuracy"].items()}
-        name = "digit from 5 nearest neighbours"
-        others = f"{accuracy['pixels']} (pixels), {accuracy['pca_code']} (PCA)"
-        rows.append((f"{name}, all coordinates", accuracy["code"], others))
-        if "signal" in accuracy:
-            others = f"{accuracy['pca_signal']} (PCA of as many)"
-            rows.append((f"{name}, signal coordinates", accuracy["signal"], others))
-    table = markdown_table(("measure", "this run", "to compare"), rows)
-    return f"{table}\n\n{verdict(metrics)}\n\n{provenance(metrics)}"
+    return markdown_table(("loss", "this run", "to compare"), rows)
 
 
-def match_rows(where: str, match: Metrics | None) -> list[tuple[str, str, str]]:
-    """Return rows that compare codes with true draws, over some coordinates."""
-    if match is None:
-        return []
-    draws = match["draws"]
-    low = draws["covariance_eigenvalue_min"][0]
-    high = draws["covariance_eigenvalue_max"][1]
-    mmd, most = (f"{1e4 * value:.1f}" for value in (match["mmd"], draws["mmd"][1]))
-    compared = f"{low:.3g} .. {high:.3g} (true draws)"
-    return [
-        (f"covariance eigenvalues, {where}", eigenvalues(match), compared),
-        (f"MMD² to the prior · 10⁴, {where}", mmd, f"at most {most} (true draws)"),
-    ]
+def q2_match(metrics: Metrics) -> str:
+    """Return a table of how codes, untrained codes and true draws match the prior."""
+    names = {
+        "mmd": ("MMD² · 10⁴", lambda value: f"{1e4 * value:.1f}"),
+        "covariance_eigenvalue_min": ("least eigenvalue", "{:.3g}".format),
+        "covariance_eigenvalue_max": ("largest eigenvalue", "{:.3g}".format),
+        "ks_max": ("largest KS distance of a marginal", "{:.3f}".format),
+        "fresh_discriminator": ("accuracy of a fresh discriminator", percent),
+    }
+    dimensions, rows = metrics["signal_dimensions"], []
+    parts = (
+        (f"{dimensions} signal coordinates", "signal_match", "signal"),
+        (*("all coordinates", "prior_match", "all"),),
+    )
+    for where, key, start in parts:
+        match, before = metrics[key], metrics["start_match"].get(start)
+        if match is None:
+            continue
+        for measure, (name, shown) in names.items():
+            draws = match["draws"].get(measure)
+            span = "50.0 %" if draws is None else " .. ".join(map(shown, draws))
+            row = f"{name}, {where}", shown(match[measure]), shown(before[measure])
+            rows.append((*row, span))
+    header = "codes against the prior", "this run", "untrained start", "true draws"
+    return f"{markdown_table(header, rows)}\n\n{verdict(metrics)}"
 
 
-def sample_rows(metrics: Metrics) -> list[tuple[str, str, str]]:
-    """Return rows that say how good samples and the map are."""
-    distances = [
-        "not measured (no labels)" if metrics[key] is None else f"{metrics[key]:.1f}"
-        for key in FRECHET
-    ]
-    nearest = [f"{value:.2f}" for value in metrics["nearest_training_image"].values()]
-    parzen = f"{metrics['parzen_log_likelihood']:.0f}"
-    parzen += f" ± {metrics['parzen_standard_error']:.1f}"
-    images = "{} (test images), {} (their reconstructions)"
-    return [
+def q2_samples(metrics: Metrics) -> str:
+    """Return a table of the samples' quality, if there are labels to judge it by."""
+    quality = metrics["sample_quality"]
+    if quality["samples"] is None:
+        return (
+            "How good the samples are takes labels to measure, which this data lacks."
+        )
+    rows = [
         (
-            "Fréchet distance of samples",
-            distances[0],
-            "{} (training images), {} (test reconstructions)".format(*distances[1:]),
-        ),
-        (
-            f"Parzen log-likelihood, σ = {metrics['parzen_sigma']:.3f} (nats)",
-            parzen,
-            "",
-        ),
-        (
-            "median distance of samples to the nearest training image",
-            nearest[0],
-            images.format(*nearest[1:]),
-        ),
-        ("trust in the t-SNE map", f"{metrics['tsne_trustworthiness']:.3f}", "1"),
+            name.replace("_", " "),
+            f"{q['frechet_distance']:.2f}" if "precision" in q else "0",
+            *(percent(q[key]) if key in q else "" for key in ("precision", "recall")),
+            percent(q["clear"]),
+            " ".join(f"{100 * share:.0f}" for share in q["digits"]),
+        )
+        for name, q in quality.items()
     ]
+    header = ("images", "Fréchet", "precision", "recall", "clear digits")
+    table = markdown_table((*header, "% of each digit, 0 to 9"), rows)
+    accuracy = percent(quality["test_images"]["accuracy"])
+    return f"{table}\n\nThe classifier names {accuracy} of the test images."
+
+
+def q2_neighbours(metrics: Metrics) -> str:
+    """Return a table of what the code keeps of the images' neighbourhoods."""
+    accuracy, trust = metrics["knn_accuracy"], metrics["trustworthiness"]
+    names = {
+        "signal": f"the code, {metrics['signal_dimensions']} signal coordinates",
+        "pca_signal": "as many principal components",
+        "code": "the code, all coordinates",
+        "pca_code": "as many principal components",
+        "pixels": "the pixels",
+    }
+    rows = [
+        (
+            name,
+            "" if accuracy is None else percent(accuracy[key]),
+            f"{trust[key]:.4f}" if key in trust else "1",
+        )
+        for key, name in names.items()
+        if key in trust or key == "pixels"
+    ]
+    header = "space", "digit from 5 nearest neighbours", "trustworthiness"
+    noise = metrics["signal_noise"]
+    spread = f"{min(noise):.3g} to {max(noise):.3g}" if noise else "none"
+    return (
+        f"{markdown_table(header, rows)}\n\nNoise of q(z|x) in the signal coordinates "
+        f"(standard deviation, median over images): {spread}. Trustworthiness of the "
+        f"t-SNE map against the codes: {metrics['tsne_trustworthiness']:.3f}."
+    )
 
 
 def verdict(metrics: Metrics) -> str:
     """Say whether the codes can be told from as many true draws of the prior."""
-    match = metrics.get("signal_match")
+    match = metrics["signal_match"]
     if match is None:
         return "No coordinate carries more signal than noise: the codes hold nothing."
     names = {
         "mmd": "MMD²",
         "covariance_eigenvalue_min": "the least eigenvalue",
         "covariance_eigenvalue_max": "the largest eigenvalue",
-        "mean_abs_mean": "the mean absolute mean",
+        "ks_max": "the marginals",
     }
     apart = [
         name
         for key, name in names.items()
         if not match["draws"][key][0] <= match[key] <= match["draws"][key][1]
         and not (key == "mmd" and match[key] < 0)
+        and not (key == "ks_max" and match[key] < match["draws"][key][0])
     ]
-    accuracy = metrics["fresh_discriminator_accuracy"]
+    accuracy = match["fresh_discriminator"]
     error = 0.5 / math.sqrt(2 * metrics["test_images"])
     if accuracy > 0.5 + 3 * error:
         apart.append("the accuracy of a fresh discriminator")
@@ -252,36 +276,30 @@ def number(value: float) -> str:
     return f"{round(value, 3) + 0.0:.3f}"
 
 
-def eigenvalues(match: Metrics) -> str:
-    """Return the least and the largest eigenvalue of the codes' covariance."""
-    low, high = (match[f"covariance_eigenvalue_{end}"] for end in ("min", "max"))
-    return f"{low:.3g} .. {high:.3g}"
-
-
 def q2_rows(metrics: Metrics, long: bool) -> str:
     """Return the comparisons' rows that trained as long as the default, or shorter."""
     header = (
-        *("what was trained", "epochs", "test MSE", "L_D", "fresh D", "eigenvalues"),
-        *("MMD² · 10⁴", "Fréchet", "5-NN", "seconds"),
+        *("what was trained", "epochs", "test MSE", "Fréchet", "5-NN", "L_D"),
+        *("signal", "fresh D", "MMD² · 10⁴"),
     )
     rows = []
     for name, row in metrics["rows"].items():
         loss, distance = row["loss_discriminator"], row["frechet_distance"]
-        neighbours = row.get("knn_accuracy")
+        neighbours, match = row["knn_accuracy"] or {}, row["signal_match"]
+        if row["long"] != long:
+            continue
         cells = (
             f"{row['title']} (`{name}`)",
             str(row["epochs"]),
             f"{row['test_mse']:.4f}",
-            "" if loss is None else f"{loss:.2f}",
-            f"{100 * row['fresh_discriminator_accuracy']:.0f} %",
-            eigenvalues(row["prior_match"]),
-            f"{row['prior_match']['mmd'] * 1e4:.1f}",
             "" if distance is None else f"{distance:.1f}",
-            "" if neighbours is None else percent(neighbours["code"]),
-            f"{row['training_seconds']:.0f}",
+            percent(neighbours["signal"]) if "signal" in neighbours else "",
+            "" if loss is None else f"{loss:.2f}",
+            str(row["signal_dimensions"]),
+            percent(match["fresh_discriminator"]) if match else "",
+            f"{match['mmd'] * 1e4:.1f}" if match else "",
         )
-        if row["long"] == long:
-            rows.append(cells)
+        rows.append(cells)
     return f"{markdown_table(header, rows)}\n\n{provenance(metrics)}"
 
 
@@ -290,8 +308,15 @@ def q2_rows(metrics: Metrics, long: bool) -> str:
 # By metrics file: the report's blocks that it fills.
 BLOCKS: dict[str, dict[str, Callable[[Metrics], str]]] = {
     "q1_metrics.json": {"q1": q1, "q1.error": q1_error},
+    "unseen/q1_metrics.json": {"q1.unseen": q1_unseen},
     "q1_comparisons_metrics.json": {"q1.sizes": q1_sizes, "q1.designs": q1_designs},
-    "q2_metrics.json": {"q2": q2},
+    "q2_metrics.json": {
+        "q2": provenance,
+        "q2.losses": q2_losses,
+        "q2.match": q2_match,
+        "q2.samples": q2_samples,
+        "q2.neighbours": q2_neighbours,
+    },
     "q2_control_metrics.json": {"q2.control": q2},
     "course/q2_metrics.json": {"q2.course": q2},
     "q2_comparisons_metrics.json": {

@@ -132,6 +132,7 @@ def complete_options(options: argparse.Namespace, name: str) -> argparse.Namespa
     usual = base / "figures" if options.quick else Path("figures")
     options.figures = options.figures or usual
     options.run_dir = options.run_dir or base / name
+    options.shared_dir = options.run_dir.parent  # of what all runs use
     return options
 
 
@@ -307,7 +308,7 @@ def falling_rate(
 
 
 @contextlib.contextmanager
-def _damage_told(path: Path, expected: str) -> Iterator[None]:
+def damage_told(path: Path, expected: str) -> Iterator[None]:
     """Tell in one line that a file of a run is damaged or another's."""
     try:
         yield
@@ -363,7 +364,7 @@ class RunFolder:
     def _settle(self) -> None:
         """Write the settings of a new run; compare those of a resumed one."""
         own = {"name", "data", "figures", "run_dir", "resume", "updates_report"}
-        own |= {"full_epochs", "default_epochs"}
+        own |= {"full_epochs", "default_epochs", "shared_dir"}
         settings = {k: v for k, v in vars(self.options).items() if k not in own}
         settings["data"] = self.source["sha256"]
         settings = json.loads(json.dumps(settings))  # compared as the file has them
@@ -372,7 +373,7 @@ class RunFolder:
             self.checkpoint.unlink(missing_ok=True)
             write_json(path, settings)
             return
-        with _damage_told(path, "settings of a run"):
+        with damage_told(path, "settings of a run"):
             before = dict(json.loads(path.read_text(encoding="utf-8")))
         for key, value in settings.items():
             if value != before.get(key):
@@ -449,7 +450,7 @@ class RunFolder:
         if not self.checkpoint.exists():
             return 0  # new, or interrupted before its first epoch ended
         with (
-            _damage_told(self.checkpoint, "a checkpoint of this run"),
+            damage_told(self.checkpoint, "a checkpoint of this run"),
             np.load(self.checkpoint, allow_pickle=False) as arrays,
         ):
             for variable, name in zip(_variables(model), arrays.files, strict=True):
@@ -457,7 +458,7 @@ class RunFolder:
         # The weights' own step count, so that no second file can disagree with them.
         done = int(model.optimizer.iterations) // steps_per_epoch
         with (
-            _damage_told(self.history_path, f"the history of {done} epochs"),
+            damage_told(self.history_path, f"the history of {done} epochs"),
             self.history_path.open(newline="", encoding="utf-8") as file,
         ):
             rows = [

@@ -231,11 +231,8 @@ def torch_q2_losses(networks: Sequence[nn.ModuleList]) -> list[Callable]:
     def discriminator_loss(x: Tensor) -> Tensor:
         with torch.no_grad():
             codes = encode(x)
-        z = torch.randn_like(codes)
-        logits, pull_back = torch.func.vjp(lambda z: perceptron(judge, z), z)
-        (slope,) = pull_back(torch.ones_like(logits))
-        loss = softplus(-logits).mean() + softplus(perceptron(judge, codes)).mean()
-        return loss + q2.DEFAULT.r1_weight * slope.square().sum(dim=1).mean() / 2
+        on_prior = perceptron(judge, torch.randn_like(codes))
+        return softplus(-on_prior).mean() + softplus(perceptron(judge, codes)).mean()
 
     def encoder_loss(x: Tensor) -> Tensor:
         return -softplus(perceptron(judge, encode(x))).mean()

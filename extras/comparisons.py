@@ -2,11 +2,14 @@
 
     python -m extras.comparisons q1                  # question 1: all rows
     python -m extras.comparisons q2 --rows vae,tuned # these rows of question 2
+    python -m extras.comparisons q2 --workers 2      # two rows at a time
+    python -m extras.comparisons q2 --cluster tcp://host:8786   # on a Dask cluster
 
 Settings of the question's script, such as --quick or --data, hold for every row. A row
 is trained in a folder of its own that its settings, its data and the code name. So an
 interrupted row goes on after its last epoch, a finished one is not trained again, and
-one of other code or data is never mixed in.
+one of other code or data is never mixed in. The runs that the scripts make themselves
+are rows, too, taken from their metrics. A cluster's workers need the same folders.
 """
 
 from __future__ import annotations
@@ -14,14 +17,16 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import utils
 
+import joblib
 import keras
 import numpy as np
 import tensorflow as tf
@@ -51,82 +56,35 @@ class Row(NamedTuple):
 
 
 def q1_model(
-    options: argparse.Namespace,
-    images: np.ndarray,
-    build: Callable[[int, np.ndarray], keras.Model] | None = None,
-    **choices: Any,
+    options: argparse.Namespace, images: np.ndarray, **choices: Any
 ) -> keras.Model:
-    """Build and compile an autoencoder: question 1's, or what `build` returns."""
+    """Build and compile question 1's autoencoder."""
     keras.utils.set_random_seed(options.seed)
-    if build is None:
-        model = q1.build_autoencoder(options.code_dim, **choices)
-    else:
-        model = build(options.code_dim, images)
+    model = q1.build_autoencoder(options.code_dim, **choices)
     steps = len(images) // options.batch_size
     q1.compile_autoencoder(model, options.learning_rate, options.epochs, steps)
     return model
 
 
-def with_mask(code_dim: int, _: np.ndarray) -> keras.Model:
-    """Build a decoder that composes b + m (1 - 2 b), as MNIST-M's images are made.
-
-    It makes a photograph b, three channels, and a mask m, the fourth.
-    """
-    image = keras.Input((28, 28, 3))
-    code = q1.build_encoder(code_dim)(image)
-    parts = q1.build_decoder(code_dim, channels=4)(code)
-    photograph, mask = parts[..., :3], parts[..., 3:]
-    restored = photograph + mask * (1.0 - 2.0 * photograph)
-    return keras.Model(image, restored, name="autoencoder")
-
-
-def from_pca(code_dim: int, images: np.ndarray) -> keras.Model:
-    """Build an autoencoder with a linear path beside it that starts at the images' PCA.
-
-    The convolutions begin at nothing: their last layers have weights of 0.
-    """
-    pca = metrics.fit_pca(images, code_dim)
-    # Codes of unit variance suit Adam, whose steps are of one size for all.
-    scale = np.sqrt(pca.explained_variance_)[:, np.newaxis]
-    projection = (pca.components_ / scale).T
-    image = keras.Input((28, 28, 3))
-    encoder = q1.build_encoder(code_dim)
-    decoder = q1.build_decoder(code_dim, output=None)
-    for network in (encoder, decoder):
-        network.layers[-1].set_weights(
-            [np.zeros_like(w) for w in network.layers[-1].get_weights()]
-        )
-    flat = keras.layers.Flatten()(image)
-    to_code, to_image = keras.layers.Dense(code_dim), keras.layers.Dense(28 * 28 * 3)
-    code = encoder(image) + to_code(flat)
-    linear = keras.layers.Reshape((28, 28, 3))(to_image(code))
-    restored = keras.ops.clip(decoder(code) + linear, 0.0, 1.0)
-    to_code.set_weights([projection, -pca.mean_ @ projection])
-    to_image.set_weights([pca.components_ * scale, pca.mean_])
-    return keras.Model(image, restored, name="autoencoder")
-
-
 SIZES = ("code-16", "code-32", "code-64", "default", "code-256")
 Q1_ROWS = {
     **{f"code-{n}": Row(f"{n}", q1_model, {"code_dim": n}) for n in (16, 32, 64, 256)},
-    "default": Row("ours", q1_model),
     "seed-1": Row("ours, seed 1", q1_model, {"seed": 1}),
     "seed-2": Row("ours, seed 2", q1_model, {"seed": 2}),
     "relu": Row("a plain CNN, with ReLU", partial(q1_model, activation="relu")),
     "gelu": Row("ours with GELU", partial(q1_model, activation="gelu")),
-    "mask": Row("ours with the mask", partial(q1_model, build=with_mask)),
-    "pca-start": Row("ours with the PCA start", partial(q1_model, build=from_pca)),
 }
 
 
 def measure_q1(
-    model: keras.Model, splits: Sequence[Split], options: argparse.Namespace
+    model: keras.Model, row: Row, splits: Sequence[Split], run: utils.RunFolder
 ) -> dict[str, Any]:
     """Measure a trained autoencoder beside PCA with a code of the same size."""
     train, valid, test = (split.images for split in splits)
-    pca = metrics.fit_pca(train, options.code_dim)
+    code_dim = run.options.code_dim
+    pca = metrics.fit_pca(train, code_dim)
     return {
-        "code_dim": options.code_dim,
+        "code_dim": code_dim,
         "validation_mse": model.evaluate(valid, valid, verbose=0),
         "test_mse": model.evaluate(test, test, verbose=0),
         "pca_test_mse": metrics.pca_reconstruction_mse(pca, test),
@@ -144,16 +102,27 @@ def draw_q1(rows: Mapping[str, dict], figures: Path) -> None:
 # Question 2 --------------------------------------------------------------------------
 
 
+def r1_penalty(discriminator: keras.Model, z: tf.Tensor) -> tf.Tensor:
+    """Return R1, half the mean squared length of the logit's gradient at z, (N, D)."""
+    with tf.GradientTape() as tape:
+        tape.watch(z)
+        logits = discriminator(z)
+    gradient = tape.gradient(logits, z)
+    return 0.5 * tf.reduce_mean(tf.reduce_sum(tf.square(gradient), axis=-1))
+
+
 class TunedAutoencoder(q2.AdversarialAutoencoder):
     """One Adam for (a) and (c), -log D in (c), and up to four steps of (b).
 
     Not the assignment's formulas, but the best samples that we know of. The later steps
     of (b) have images of their own: on those of (a) and (c) again, the discriminator
-    would learn them by heart. One step takes R1 for all of them (Karras et al. 2020,
+    would learn them by heart. One step takes R1 (Mescheder et al. 2018,
+    arXiv:1801.04406) for all of them (Karras et al. 2020,
     arXiv:1912.04958, appendix B).
     """
 
-    WEIGHT, STEPS, CLIP_NORM = 10 / 3, 4, 8.0  # of (c); of (b); of the gradient
+    WEIGHT, STEPS = 10 / 3, 4  # of (c); of (b)
+    CLIP_NORM, R1_WEIGHT = 8.0, 0.1  # of the gradient; of the slope penalty in (b)
 
     def compile(self, learning_rate: float, epochs: int, steps: int) -> None:
         """Give autoencoder and discriminator their Adams; see the base class."""
@@ -188,7 +157,7 @@ class TunedAutoencoder(q2.AdversarialAutoencoder):
                 logits = self.discriminator(z), self.discriminator(codes)
                 loss = objective = q2.discriminator_loss(*logits)
                 if weight is not None:
-                    objective += weight * q2.r1_penalty(self.discriminator, z)
+                    objective += weight * r1_penalty(self.discriminator, z)
             gradients = tape.gradient(objective, variables)
             self.discriminator_optimizer.apply(gradients, variables)
             return loss
@@ -200,7 +169,7 @@ class TunedAutoencoder(q2.AdversarialAutoencoder):
             x = tf.gather(self.images, index)
             return number + 1, step(self.encoder(x, training=True), None)
 
-        weight = self.recipe.r1_weight * tf.cast(steps, tf.float32)
+        weight = self.R1_WEIGHT * tf.cast(steps, tf.float32)
         first = 1, step(codes, weight)
         return tf.while_loop(lambda number, _: number < steps, further, first)[1]
 
@@ -210,6 +179,8 @@ class VariationalAutoencoder(q2.AdversarialAutoencoder):
 
     It has the default's encoder and decoder; its discriminator is left alone.
     """
+
+    BETA = 1.0  # weight of the divergence from the prior (Higgins et al. 2017)
 
     def train_step(self, data: tuple[tf.Tensor, tf.Tensor]) -> dict[str, tf.Tensor]:
         """Take a step up the evidence bound on a batch x, float32 (N, 784)."""
@@ -232,7 +203,13 @@ class VariationalAutoencoder(q2.AdversarialAutoencoder):
         divergence = 0.5 * tf.reduce_sum(
             tf.square(mean) + tf.exp(log_variance) - 1.0 - log_variance, axis=-1
         )
-        return tf.reduce_mean(surprise + divergence), restored
+        return tf.reduce_mean(surprise + self.BETA * divergence), restored
+
+
+class HalfWeight(VariationalAutoencoder):
+    """With half the weight on the divergence, so with less noise in the code."""
+
+    BETA = 0.5
 
 
 def q2_model(
@@ -265,60 +242,106 @@ RANDOM = {"signal_dimensions": 0}  # a random start
 TUNED = {"learning_rate": 1.5e-3, "epochs": 32}
 VAE = {"learning_rate": 1e-3}
 Q2_ROWS = {
-    "control": Row("the control", partial(q2_model, recipe=q2.CONTROL)),
-    "default": recipe_row("the default run"),
-    "seed-1": recipe_row("the same, seed 1", changes={"seed": 1}),
-    "seed-2": recipe_row("the same, seed 2", changes={"seed": 2}),
+    "seed-1": recipe_row("the default, seed 1", changes={"seed": 1}),
+    "seed-2": recipe_row("the default, seed 2", changes={"seed": 2}),
     "tuned": recipe_row(
         "one Adam, −log D, up to four steps of (b)",
         *(TunedAutoencoder, TUNED),
         discriminator_rate=2e-3,
     ),
     "vae": recipe_row("a variational one", VariationalAutoencoder, VAE, **RANDOM),
-    "short": short_row("the default, shorter"),
-    "no-start": short_row("with a random start", **RANDOM),
-    "point": short_row("with a point for q(z|x)", gaussian=False, **RANDOM),
-    "no-skips": short_row("without skips", decoder_skips=False),
-    "no-decay": short_row("without weight decay", weight_decay=0.0),
-    "no-slope": short_row("without R1", r1_weight=0.0),
-    "momentum": short_row("with momentum 0.9", momentum=0.9),
-    "epsilon": short_row("with Adam's own epsilon in (c)", encoder_epsilon=1e-7),
-    "shallow": short_row("with two hidden layers", hidden=(400, 400)),
-    "wide-start": short_row("from 20 components", signal_dimensions=20),
+    "vae-half": recipe_row("a variational one, β = 1/2", HalfWeight, VAE, **RANDOM),
+    **{
+        f"{name}{suffix}": short_row(title, changes=changes | {"seed": seed}, **recipe)
+        for seed, suffix in ((0, ""), (1, "-1"))
+        for name, title, changes, recipe in (
+            ("short", "the default, shorter", {}, {}),
+            ("without-c", "without stage (c)", {}, {"encoder_rate": 0.0}),
+            ("no-start", "with a random start", {}, RANDOM),
+            ("point", "with a point for q(z|x)", {}, RANDOM | {"gaussian": False}),
+            ("no-skips", "without skips", {}, {"decoder_skips": False}),
+            ("no-decay", "without weight decay", {}, {"weight_decay": 0.0}),
+            ("momentum", "with momentum 0.9", {}, {"momentum": 0.9}),
+            (
+                "epsilon",
+                "with Adam's own epsilon in (c)",
+                {},
+                {"encoder_epsilon": 1e-7},
+            ),
+            ("shallow", "with two hidden layers", {}, {"hidden": (400, 400)}),
+            ("code-10", "with a code of 10 dimensions", {"code_dim": 10}, {}),
+        )
+    },
 }
 
 
 def measure_q2(
     model: q2.AdversarialAutoencoder,
+    row: Row,
     splits: Sequence[Split],
-    options: argparse.Namespace,
+    run: utils.RunFolder,
 ) -> dict[str, Any]:
     """Measure a trained model as `q2_aae.py` does."""
     train, _, test = splits
-    encoded = q2.encode(model.encoder, model.decoder, train, test, options.seed)
-    found = q2.evaluate(encoded, *splits)
+    encoded = q2.encode(model.encoder, model.decoder, train, test, run.options.seed)
+    start = row.build(run.options, train.images).encoder
+    found = q2.evaluate(encoded, start, q2.digit_classifier(run, train), splits)
     if isinstance(model, VariationalAutoencoder):
         found["loss_discriminator"] = None  # it has none
     return found
 
 
 def draw_q2(rows: Mapping[str, dict], figures: Path) -> None:
-    """Draw the Fréchet distance against the test error."""
-    points = {
-        name: (row["test_mse"], row["frechet_distance"], row["long"])
-        for name, row in rows.items()
-        if row["frechet_distance"] is not None
-    }
+    """Draw samples against neighbourhoods, with PCA as a point of its own."""
+    points = {}
+    for name, row in rows.items():
+        accuracy, distance = row["knn_accuracy"], row["frechet_distance"]
+        if accuracy is None or "signal" not in accuracy:
+            continue
+        if name == "default":
+            linear = row["sample_quality"]["pca_samples"]["frechet_distance"]
+            title = f"PCA, {row['signal_dimensions']} components"
+            points[title] = accuracy["pca_signal"], linear, True
+        points[name] = accuracy["signal"], distance, row["long"]
     if points:
         plots.q2_frontier(figures / "q2_frontier.png", points)
 
 
 # Rows --------------------------------------------------------------------------------
 
+
+class Question(NamedTuple):
+    """What a question's rows need."""
+
+    script: Any
+    rows: Mapping[str, Row]
+    load: Callable
+    measure: Callable
+    draw: Callable
+    runs: Mapping[str, tuple[str, str]]  # of the script itself: title, metrics file
+
+
 QUESTIONS = {
-    "q1": (q1, Q1_ROWS, load_mnist_m, measure_q1, draw_q1),
-    "q2": (q2, Q2_ROWS, load_digits, measure_q2, draw_q2),
+    "q1": Question(
+        *(q1, Q1_ROWS, load_mnist_m, measure_q1, draw_q1),
+        {"default": ("ours", "q1_metrics.json")},
+    ),
+    "q2": Question(
+        *(q2, Q2_ROWS, load_digits, measure_q2, draw_q2),
+        {
+            "default": ("the default run", "q2_metrics.json"),
+            "control": ("the control", "q2_control_metrics.json"),
+        },
+    ),
 }
+
+
+def base_options(question: Question, arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the options that hold for every row."""
+    base = question.script.parse_options(arguments)
+    base.data = find_file(base.data or ensure_data(question.script.DATA))
+    base.run_dir = base.shared_dir / "comparisons" / base.name
+    return base
 
 
 def row_options(name: str, row: Row, base: argparse.Namespace) -> argparse.Namespace:
@@ -328,7 +351,7 @@ def row_options(name: str, row: Row, base: argparse.Namespace) -> argparse.Names
         options.epochs = base.epochs
     if row.short:
         options.epochs = max(1, options.epochs // SHORTER)
-    own = ("figures", "run_dir", "resume", "data", "updates_report")
+    own = ("figures", "run_dir", "shared_dir", "resume", "data", "updates_report")
     settings = {k: v for k, v in vars(options).items() if k not in own}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     digest.update(utils.describe_source(options.data)["sha256"].encode())
@@ -341,23 +364,76 @@ def row_options(name: str, row: Row, base: argparse.Namespace) -> argparse.Names
 
 
 def train_row(
-    row: Row, options: argparse.Namespace, splits: Sequence[Split], measure: Callable
-) -> dict[str, Any]:
-    """Train and measure a row, or go on with it; write what it comes to."""
-    print(f"{options.name}: {row.title}", flush=True)
+    question_name: str, name: str, arguments: Sequence[str]
+) -> tuple[str, dict[str, Any]]:
+    """Train and measure a row, or go on with it; return its name and what it comes to.
+
+    A job of its own: all that it needs is in its arguments and in files.
+    """
+    question = QUESTIONS[question_name]
+    base, row = base_options(question, arguments), question.rows[name]
+    splits = utils.prepare_splits(question.load(base.data), base)
+    options = row_options(name, row, base)
+    print(f"{name}: {row.title}", flush=True)
     with utils.RunFolder(options) as run:
         model = row.build(options, splits[0].images)
         run.fit(model, {}, splits[0].images, splits[1].images, lambda history: None)
-        found = {
+        return name, {
             "title": row.title,
             "long": not row.short,
             "epochs": options.epochs,
             "seed": options.seed,
             "loss_discriminator": run.rows[-1].get("discriminator_loss"),
             "training_seconds": sum(epoch["seconds"] for epoch in run.rows),
-            **measure(model, splits, options),
+            **question.measure(model, row, splits, run),
         }
-        utils.write_json(options.run_dir / FINISHED, found)
+
+
+def own_run(path: Path, title: str, source: Mapping[str, str]) -> dict[str, Any] | None:
+    """Return a script's own run as a row, or None if there is none on this data."""
+    if not path.exists():
+        return None
+    run = json.loads(path.read_text(encoding="utf-8"))
+    if run["data"]["sha256"] != source["sha256"]:
+        return None
+    return {"title": title, "long": True, "epochs": run["settings"]["epochs"]} | run
+
+
+def jobs_run(
+    jobs: Sequence[Any], workers: int, cluster: str | None
+) -> Iterator[tuple[str, dict]]:
+    """Run jobs on this machine or on a Dask cluster; yield each result as it comes.
+
+    Raises:
+        UsageError: the package `distributed` is missing.
+    """
+    parallel = partial(joblib.Parallel, return_as="generator_unordered")
+    if cluster is None:
+        # TensorFlow reads this in each worker: more threads than cores are slow.
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        os.environ.setdefault("TF_NUM_INTRAOP_THREADS", str(threads))
+        yield from parallel(n_jobs=workers)(jobs)
+        return
+    try:
+        from distributed import Client
+    except ImportError:
+        raise utils.UsageError("--cluster: pip install distributed") from None
+    with Client(cluster), joblib.parallel_config("dask"):
+        yield from parallel(n_jobs=-1)(jobs)
+
+
+def collect(
+    question: Question, base: argparse.Namespace, source: Mapping[str, str]
+) -> dict[str, dict]:
+    """Return all rows that are finished: those of the scripts' own runs come first."""
+    found = {}
+    for name, (title, file) in question.runs.items():
+        if row := own_run(base.figures / file, title, source):
+            found[name] = row
+    for name, row in question.rows.items():
+        path = row_options(name, row, base).run_dir / FINISHED
+        if path.exists():
+            found[name] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
 
@@ -366,33 +442,37 @@ def main() -> None:
     parser = utils.OneLineParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("question", choices=list(QUESTIONS))
     parser.add_argument("--rows", metavar="ROW,ROW", help="default: all of them")
+    parser.add_argument("--workers", type=utils.positive_int, default=1, metavar="N")
+    parser.add_argument("--cluster", metavar="ADDRESS", help="of a Dask scheduler")
     asked, others = parser.parse_known_args()
-    script, rows, load, measure, draw = QUESTIONS[asked.question]
-    wanted = asked.rows.split(",") if asked.rows else list(rows)
+    question = QUESTIONS[asked.question]
+    wanted = asked.rows.split(",") if asked.rows else list(question.rows)
     for name in wanted:
-        if name not in rows:
-            raise utils.UsageError(f"--rows: found {name}, expected {', '.join(rows)}")
-    base = script.parse_options(others)
-    base.data = find_file(base.data or ensure_data(script.DATA))
-    base.run_dir = base.run_dir.parent / "comparisons" / asked.question
-    splits = utils.prepare_splits(load(base.data), base)
-    found = {}
+        if name not in question.rows:
+            names = ", ".join(question.rows)
+            raise utils.UsageError(f"--rows: found {name}, expected {names}")
+    base = base_options(question, others)
     with utils.RunFolder(base) as run:
-        for name, row in rows.items():
-            options = row_options(name, row, base)
-            path = options.run_dir / FINISHED
-            if path.exists():
-                found[name] = json.loads(path.read_text(encoding="utf-8"))
-            elif name in wanted:
-                found[name] = train_row(row, options, splits, measure)
-        draw(found, base.figures)
+        found = collect(question, base, run.source)
+        jobs = [
+            joblib.delayed(train_row)(asked.question, name, others)
+            for name in wanted
+            if name not in found
+        ]
+        for name, row in jobs_run(jobs, asked.workers, asked.cluster):
+            folder = row_options(name, question.rows[name], base).run_dir
+            utils.write_json(folder / FINISHED, row)
+        found = collect(question, base, run.source)
+        question.draw(found, base.figures)
         seconds = sum(row["training_seconds"] for row in found.values())
         content = {"rows": found, "training_seconds": seconds}
         run.write_metrics(content, f"{asked.question}_comparisons_metrics.json")
     if base.updates_report:
         report.update()
-    print(f"{len(found)} of {len(rows)} rows are in {base.figures}.")
+    print(f"{len(found)} rows are in {base.figures}.")
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    from extras import comparisons  # by this name workers find what is in it
+
+    utils.run_script(comparisons.main)

@@ -1,4 +1,4 @@
-"""The scripts as guests: in another program, in a notebook, in a pipe."""
+"""The scripts as guests in another program and in a notebook."""
 
 import json
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from test_end_to_end import DATA, ENVIRONMENT, HOME, MODELS, command, last_line
+from test_end_to_end import DATA, ENVIRONMENT, HOME, MODELS
 
 
 def test_import_changes_nothing_and_leaves_ctrl_c_to_the_program():
@@ -52,25 +52,6 @@ finally:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "except\nfinally\n"
-
-
-def test_a_pipe_that_nobody_reads_on_saves_as_ctrl_c_does(tiny_data, tmp_path):
-    words = command("q1", tmp_path, tiny_data / DATA["q1"], "--epochs", "3")
-    process = subprocess.Popen(
-        words,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path,
-        env=ENVIRONMENT,
-    )
-    process.stdout.readline()
-    process.stdout.close()  # as `| head -1` does
-    error = process.stderr.read()
-    assert process.wait(timeout=300) == 130, error
-    assert last_line(error).endswith(" --resume")
-    assert (tmp_path / "run" / "autoencoder.keras").exists()
-    assert (tmp_path / "figures" / "q1_loss.png").exists()
 
 
 class Notebook:

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 from conftest import tiny_digits
-from scipy.stats import expon, multivariate_normal
+from scipy.stats import expon, kstest
 
 import metrics
 from read_MNIST_M import Split
@@ -89,6 +89,9 @@ def test_codes_are_compared_with_as_many_principal_components(few):
     assert accuracy.get("signal", 1) > 0.9 > accuracy.get("pca_signal", 0)
     bare = metrics.dimension_reduction(Split(train[0], None), *given[1:])
     assert bare == found | {"knn_accuracy": None}
+    trust = found["trustworthiness"]
+    assert trust.keys() == accuracy.keys() - {"pixels"}
+    assert trust["pca_code"] > trust["code"] + 0.02
 
 
 def test_nearest_finds_the_training_image_and_its_distance():
@@ -98,9 +101,6 @@ def test_nearest_finds_the_training_image_and_its_distance():
     indices, distances = metrics.nearest(train, images)
     np.testing.assert_array_equal(indices, [7, 3, 4])
     np.testing.assert_allclose(distances, [0, 0.5, 0.75], atol=1e-2)
-    medians = metrics.nearest_medians(train, images, images[1:2], train)
-    expected = {"samples": 0.5, "test_images": 0.5, "test_reconstructions": 0}
-    assert medians == pytest.approx(expected, abs=1e-2)
 
 
 def test_map_keeps_neighbours_together():
@@ -148,7 +148,27 @@ def test_prior_match_sees_codes_on_a_sheet_whose_marginals_look_right():
     assert draws["covariance_eigenvalue_min"][0] > 0.5
 
 
-def test_mmd_of_a_single_point_in_closed_form():
+def test_largest_distance_of_a_marginal_is_kolmogorovs_and_smirnovs():
+    codes = RNG.standard_normal((300, 3)) * [1, 1.5, 1] + [0, 0, 0.2]
+    expected = max(kstest(column, "norm").statistic for column in codes.T)
+    assert metrics.prior_match(codes)["ks_max"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("count", "dimensions"), [(150, 40), (300, 3), (1000, 20)])
+def test_spans_of_true_draws_hold_for_any_number_and_dimension(count, dimensions):
+    draws = RNG.standard_normal((count, dimensions))
+    for codes, follow in ((draws, True), (draws + 0.5, False), (draws / 2, False)):
+        match = metrics.prior_match(codes)
+        spans = match.pop("draws")
+        inside = [
+            low - (high - low) / 2 <= match[key] <= high + (high - low) / 2
+            for key, (low, high) in spans.items()
+        ]
+        assert all(inside) == follow
+
+
+def test_mmd_of_a_single_point_in_closed_form(monkeypatch):
+    monkeypatch.setattr(metrics, "NULL_DRAWS", 1)
     squared = expon(scale=2)  # length of a draw in two dimensions; C = 4
     between_draws = squared.expect(lambda u: 4 / (4 + 2 * u))
     expected = 1 + between_draws - 2 * squared.expect(lambda u: 4 / (4 + u))
@@ -181,22 +201,30 @@ def test_great_arc_keeps_to_the_shell():
     np.testing.assert_allclose(line, [[-1], [0], [1], [2]])
 
 
-@pytest.mark.parametrize(
-    ("shift", "scale", "least", "most"),
-    [(0.0, 1.0, 0.45, 0.55), (3.0, 1.0, 0.95, 1.0), (0.0, 0.3, 0.9, 1.0)],
-)
-def test_fresh_discriminator_tells_only_codes_off_the_prior(
-    monkeypatch, shift, scale, least, most
-):
+def test_match_is_over_all_coordinates_and_over_those_with_signal(monkeypatch):
     monkeypatch.setattr(metrics, "FRESH_LEARNING_RATE", 0.01)
     keras.utils.set_random_seed(0)
-    layers = keras.layers.Dense(32, "relu"), keras.layers.Dense(1)
-    judge = keras.Sequential([keras.Input((4,)), *layers])
-    means = shift + scale * 0.6 * RNG.standard_normal((1000, 4))
-    deviations = np.full((1000, 4), scale * 0.8)
-    codes = shift + scale * RNG.standard_normal((1000, 4))
-    accuracy = metrics.fresh_discriminator_accuracy(judge, means, deviations, codes)
-    assert least < accuracy <= most
+    signal, sizes = np.array([False, True, False, False, True]), []
+    deviations = np.where(signal, 0.1, 1.0) * np.ones((1000, 5))
+    train, test = 3.0 * signal * RNG.standard_normal((2, 1000, 5))
+    codes = (test + deviations * RNG.standard_normal((1000, 5))).astype(np.float32)
+
+    def judge(dimensions):
+        sizes.append(dimensions)
+        layers = keras.layers.Dense(32, "relu"), keras.layers.Dense(1)
+        return keras.Sequential([keras.Input((dimensions,)), *layers])
+
+    found = metrics.match_prior(judge, (train, deviations), codes, signal)
+    assert sizes == [5, 2]
+    assert found["all"]["std_min"] < 1.2
+    assert found["signal"]["std_min"] > 2
+    assert 0.7 < found["signal"]["fresh_discriminator"] <= 1
+
+    noise = 0.0 * train, np.ones_like(train)
+    draws = RNG.standard_normal((1000, 5)).astype(np.float32)
+    found = metrics.match_prior(judge, noise, draws, np.zeros(5, bool))
+    assert found["signal"] is None
+    assert 0.45 < found["all"]["fresh_discriminator"] < 0.55
 
 
 def test_frechet_distance_of_normals_in_closed_form():
@@ -210,32 +238,48 @@ def test_frechet_distance_of_normals_in_closed_form():
     assert metrics.frechet_distance(c, d) == pytest.approx(2, rel=0.03)
 
 
-def test_frechet_distances_tell_digits_from_noise():
+def test_coverage_counts_points_within_a_known_points_third_neighbour():
+    known = np.array([[0.0], [1], [2], [3], [50], [60], [70], [80]])
+    points = np.array([[4.5], [-3.1], [49], [30], [6.5]])
+    # The third neighbour of 0 and of 3 is 3 away, that of 50 and of 80 is 30 away.
+    assert metrics.coverage(points, known) == pytest.approx(3 / 5)
+    found = metrics.coverage(RNG.normal(size=(3000, 2)), RNG.normal(size=(3000, 2)))
+    assert 0.97 < found <= 1
+
+
+def test_sample_quality_tells_digits_from_noise():
     digits, labels = tiny_digits()
     images = utils.unit_floats(digits.reshape(-1, 784))
     train, test = (Split(images[s::3], labels[s::3]) for s in (0, 1))
-    noise = RNG.random(test.images.shape, np.float32)
     train = Split(np.tile(train.images, (2, 1)), np.tile(train.labels, 2))
-    found = metrics.frechet_distances(train, test, test.images, noise)
-    assert found["classifier_test_accuracy"] > 0.5
-    assert found["frechet_distance_restored"] == pytest.approx(0, abs=1e-6)
-    assert 0 < 5 * found["frechet_distance_floor"] < found["frechet_distance"]
-    bare = metrics.frechet_distances(Split(images, None), test, test.images, noise)
+    generated = {
+        "noise": RNG.random(test.images.shape, np.float32),
+        "same": test.images,
+        "ones": test.images[test.labels == 1],
+    }
+    classifier = metrics.train_digit_classifier(train)
+    found = metrics.sample_quality(classifier, train, test, generated)
+    assert found["test_images"]["accuracy"] > 0.5
+    for quality in found.values():
+        assert sum(quality["digits"]) == pytest.approx(1)
+    assert found["ones"]["digits"][1] > 0.5 > found["same"]["digits"][1]
+    assert found["same"]["clear"] == found["test_images"]["clear"] > 0
+    assert found["same"]["frechet_distance"] == pytest.approx(0, abs=1e-6)
+    assert found["same"]["precision"] == found["same"]["recall"] == 1
+    assert found["noise"]["precision"] < 0.1
+    assert found["ones"]["precision"] == 1 > 0.5 > found["ones"]["recall"]
+    floor = found["training_images"]["frechet_distance"]
+    assert 0 < 5 * floor < found["noise"]["frechet_distance"]
+    bare = metrics.sample_quality(None, Split(images, None), test, generated)
     assert bare == dict.fromkeys(found)
 
 
-def test_parzen_window_is_the_mixture_of_normals_at_its_samples():
-    samples, valid, test = (RNG.random((n, 5)) for n in (40, 30, 20))
-    found = metrics.parzen_log_likelihood(samples, valid, test)
-
-    def log_likelihoods(images, sigma):
-        windows = [multivariate_normal(centre, sigma**2) for centre in samples]
-        return np.log(np.mean([window.pdf(images) for window in windows], axis=0))
-
-    on_valid = [log_likelihoods(valid, s).mean() for s in metrics.PARZEN_SIGMAS]
-    sigma = metrics.PARZEN_SIGMAS[np.argmax(on_valid)]
-    assert found["parzen_sigma"] == pytest.approx(sigma)
-    on_test = log_likelihoods(test, sigma)
-    assert found["parzen_log_likelihood"] == pytest.approx(on_test.mean())
-    error = on_test.std() / math.sqrt(20)
-    assert found["parzen_standard_error"] == pytest.approx(error)
+def test_pca_samples_have_the_images_covariance():
+    images = (0.5 + 0.05 * RNG.normal(size=(500, 3)) @ RNG.random((3, 784)) / 3).astype(
+        np.float32
+    )
+    samples = metrics.pca_samples(images, 3, 4000)
+    assert samples.dtype == np.float32
+    before, after = (np.cov(x[:, :40], rowvar=False) for x in (images, samples))
+    np.testing.assert_allclose(after, before, atol=0.1 * before.max())
+    np.testing.assert_allclose(samples.mean(axis=0), images.mean(axis=0), atol=0.01)

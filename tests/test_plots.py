@@ -46,7 +46,7 @@ FIGURES = {
     "q2_losses": [(x, BALANCE) for x in (HISTORY, FIRST, UNVALIDATED)],
     "q2_tsne": [(RNG.normal(size=(40, 2)), x) for x in (LABELS, None)],
     "q2_prior_match": [(RNG.normal(size=(40, d)), spectra(d)) for d in (1, 3)],
-    "q2_frontier": [({"default": (0.01, 3.0, True), "other": (0.02, 2.0, False)},)],
+    "q2_frontier": [({"default": (0.91, 3.0, True), "other": (0.92, 2.0, False)},)],
 }
 
 

@@ -84,24 +84,12 @@ def test_losses_have_slopes_where_probabilities_round_to_0_or_1_and_norms_to_0()
         assert np.isfinite(gradient.numpy()).all()
 
 
-def test_r1_penalty_is_half_the_mean_squared_length_of_the_gradient():
-    keras.utils.set_random_seed(0)
-    discriminator, step = q2.build_discriminator(3), 0.01
-    z = RNG.standard_normal((6, 3)).astype(np.float32)
-    slopes = [
-        (discriminator(z + move) - discriminator(z - move)).numpy()[:, 0] / (2 * step)
-        for move in step * np.eye(3, dtype=np.float32)
-    ]
-    found = q2.r1_penalty(discriminator, tf.constant(z)).numpy()
-    assert found == pytest.approx(np.square(slopes).sum(axis=0).mean() / 2, rel=0.01)
-
-
 # Training
 
 
 def test_step_takes_the_stages_of_the_assignment_in_turn():
-    rates, changes = (0.01, 0.3, 1.0), {"gaussian": False, "r1_weight": 2.0}
-    model, other = (compiled(rates, **changes) for _ in range(2))
+    rates = 0.01, 0.3, 1.0
+    model, other = (compiled(rates, gaussian=False) for _ in range(2))
     found = model.train_step((BATCH, BATCH))
 
     encoder, decoder, judge = other.encoder, other.decoder, other.discriminator
@@ -110,23 +98,21 @@ def test_step_takes_the_stages_of_the_assignment_in_turn():
     def descend(rate, loss, *networks):
         variables = [v for network in networks for v in network.trainable_variables]
         with tf.GradientTape() as tape:
-            reported, penalty = loss()
-            total = reported + penalty
-        gradients = tape.gradient(total, variables)
+            value = loss()
+        gradients = tape.gradient(value, variables)
         for variable, gradient in zip(variables, gradients, strict=True):
             variable.assign_sub(rate * gradient)
-        return reported.numpy()
+        return value.numpy()
 
     def stage_a():
-        return tf.reduce_sum(tf.norm(BATCH - decoder(encoder(BATCH)), axis=1)), 0.0
+        return tf.reduce_sum(tf.norm(BATCH - decoder(encoder(BATCH)), axis=1))
 
     def stage_b():
         on_prior, on_codes = tf.sigmoid(judge(z)), tf.sigmoid(judge(encoder(BATCH)))
-        loss = -tf.reduce_mean(tf.math.log(on_prior) + tf.math.log(1 - on_codes))
-        return loss, 2.0 * q2.r1_penalty(judge, z)
+        return -tf.reduce_mean(tf.math.log(on_prior) + tf.math.log(1 - on_codes))
 
     def stage_c():
-        return tf.reduce_mean(tf.math.log(1 - tf.sigmoid(judge(encoder(BATCH))))), 0.0
+        return tf.reduce_mean(tf.math.log(1 - tf.sigmoid(judge(encoder(BATCH)))))
 
     mse = np.mean(np.square(BATCH - decoder(encoder(BATCH))))
     expected = {
@@ -140,39 +126,31 @@ def test_step_takes_the_stages_of_the_assignment_in_turn():
         np.testing.assert_allclose(weights(model)[name], values, rtol=1e-3, atol=1e-5)
 
 
-def learn(rates, steps, **changes):
-    """Return a model before and after some steps of Adam on one batch."""
-    before = build(**changes)
-    model = compiled(rates, keras.optimizers.Adam, **changes)
-    step = tf.function(model.train_step)
-    for _ in range(steps):
-        step((BATCH, BATCH))
-    return before, model
-
-
 def test_stages_learn_what_they_minimise():
-    models = learn((1e-3, 0.0, 0.0), 30)
-    before, after = (q2.reconstruction_loss(BATCH, m(BATCH)).numpy() for m in models)
-    assert after < 0.8 * before
+    model = compiled((0.0, 0.0, 0.0), keras.optimizers.Adam)
+    step = tf.function(model.train_step)
+    z = tf.constant(RNG.standard_normal((500, 8)).astype(np.float32))
 
-    # With the encoder at rest, the discriminator learns to tell its codes apart.
-    _, model = learn((0.0, 2e-3, 0.0), 40)
-    on_prior = model.discriminator(model.draw_prior(1000)).numpy()
-    on_codes = model.discriminator(model.encoder(IMAGES[:1000])).numpy()
-    assert (on_prior > 0).mean() + (on_codes < 0).mean() > 1.7
+    def learn(stage, rate):
+        stage.learning_rate = rate
+        for _ in range(40):
+            step((BATCH, BATCH))
+        stage.learning_rate = 0.0
 
-    # With the discriminator at rest, the encoder's codes pass it for draws.
-    models = learn((0.0, 0.0, 2e-3), 30)
-    before, after = (m.discriminator(m.encoder(BATCH)).numpy().mean() for m in models)
-    assert after > before + 0.1
+    def logits():
+        return model.discriminator(model.encoder(BATCH)).numpy()
 
+    # The others at rest, the encoder's codes pass the discriminator for draws.
+    before = logits().mean()
+    learn(model.encoder_optimizer, 2e-3)
+    assert logits().mean() > before + 0.1
 
-def test_discriminator_learns_against_its_slope():
-    z, slopes = tf.constant(RNG.standard_normal((500, 8)).astype(np.float32)), []
-    for weight in (0.0, 10.0):
-        _, model = learn((0.0, 2e-3, 0.0), 40, r1_weight=weight)
-        slopes.append(q2.r1_penalty(model.discriminator, z).numpy())
-    assert slopes[1] < 0.2 * slopes[0]
+    before = q2.reconstruction_loss(BATCH, model(BATCH)).numpy()
+    learn(model.optimizer, 1e-3)
+    assert q2.reconstruction_loss(BATCH, model(BATCH)).numpy() < 0.8 * before
+
+    learn(model.discriminator_optimizer, 2e-3)
+    assert (model.discriminator(z).numpy() > 0).mean() + (logits() < 0).mean() > 1.7
 
 
 def test_fit_computes_what_the_plain_step_computes(monkeypatch):
@@ -274,9 +252,9 @@ def test_encoder_starts_finite_where_images_have_few_dimensions():
     images[:, 300:] = 0.5
     encoder = q2.build_encoder(30, SMALL)
     q2.start_at_principal_components(encoder, images, 10)
+    np.testing.assert_array_equal(metrics.posterior(encoder, images)[0][:, 3:], 0)
     codes = utils.predict(encoder, images)
     assert np.isfinite(codes).all()
-    assert np.abs(codes).max() < 10
     deviations = codes.std(axis=0)
     assert 0.8 < deviations[:3].min() <= deviations[:3].max() < 1.2
 
@@ -352,19 +330,17 @@ def test_networks_are_perceptrons_that_keep_their_contract_when_saved(tmp_path, 
 
 
 def test_augmentation_keeps_a_digits_place_and_is_its_own_for_each():
-    images = np.repeat(IMAGES[:2], 40, axis=0)
-    changed = q2.augment(images, np.random.default_rng(0))
-    again = q2.augment(images, np.random.default_rng(0))
+    square = np.zeros((28, 28), np.float32)
+    square[9:19, 11:17] = 1
+    images = np.tile(square.ravel(), (200, 1))
+    changed, again = (q2.augment(images, np.random.default_rng(0)) for _ in range(2))
     np.testing.assert_array_equal(changed, again)
     assert changed.shape == images.shape
     assert changed.dtype == np.float32
-    assert 0 <= changed.min() <= changed.max() <= 1
-    assert len(np.unique(changed, axis=0)) == 80
-    grid = np.mgrid[:28, :28].reshape(2, 784)
-    before, after = (
-        x @ grid.T / x.sum(axis=1, keepdims=True) for x in (images, changed)
-    )
-    assert 0.3 < np.abs(after - before).max() < 3
-    np.testing.assert_allclose((after - before).mean(axis=0), 0, atol=0.4)
-    mass = changed.sum(axis=1) / images.sum(axis=1)
-    assert 0.7 < mass.min() < mass.max() < 1.4
+    assert 0 <= changed.min() <= changed.max() <= 1.001
+    assert len(np.unique(changed, axis=0)) == 200
+    assert 0.7 < changed.sum(axis=1).min() / 60 < changed.sum(axis=1).max() / 60 < 1.4
+    places = changed @ np.mgrid[:28, :28].reshape(2, 784).T
+    moves = places / changed.sum(axis=1, keepdims=True) - 13.5
+    assert 1.3 < np.abs(moves).max() < 1.75  # 1.5, and more where it grows
+    np.testing.assert_allclose(moves.mean(axis=0), 0, atol=0.2)

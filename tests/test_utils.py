@@ -327,6 +327,14 @@ def test_a_run_interrupted_before_its_first_epoch_ended_goes_on_from_the_start(
     assert list(run.history["epoch"]) == [1, 2, 3, 4, 5, 6, 7]
 
 
+def test_loss_that_is_no_number_is_one_line_and_no_model_is_saved(tmp_path, refused):
+    model = small_model()
+    model.optimizer.learning_rate = 1e30
+    error = refused(lambda: fit(run_options(tmp_path), {"model": model}, model))
+    assert "expected a finite number" in error
+    assert not list(tmp_path.rglob("*.keras"))
+
+
 def test_history_is_of_each_epoch_and_a_new_run_begins_it_anew(tmp_path):
     for epochs in (3, 2):
         run = fit(run_options(tmp_path, "--epochs", epochs))
