@@ -76,8 +76,8 @@ def build_autoencoder(
     """
     image = keras.Input((28, 28, 3))
     code = build_encoder(code_dim, activation)(image)
-    restored = build_decoder(code_dim, activation)(code)
-    return keras.Model(image, restored, name="autoencoder")
+    reconstruction = build_decoder(code_dim, activation)(code)
+    return keras.Model(image, reconstruction, name="autoencoder")
 
 
 def compile_autoencoder(
@@ -150,7 +150,7 @@ def evaluate(
 
 
 def draw(
-    figures: Path, test: np.ndarray, restored: np.ndarray, found: dict, seed: int
+    figures: Path, test: np.ndarray, reconstructions: np.ndarray, found: dict, seed: int
 ) -> None:
     """Draw reconstructions, the best and worst of them, and where the error lies.
 
@@ -159,7 +159,7 @@ def draw(
     """
 
     def grid(name: str, chosen: np.ndarray, title: str) -> None:
-        images = np.concatenate([test[chosen], restored[chosen]])
+        images = np.concatenate([test[chosen], reconstructions[chosen]])
         labels = "input", "output"
         path = figures / f"q1_{name}.png"
         plots.image_grid(path, images, title, labels, columns=len(chosen))
@@ -168,7 +168,7 @@ def draw(
     title = f"{len(chosen)} random test images above their reconstructions"
     grid("reconstructions", chosen, title)
 
-    errors = np.square(restored - test)
+    errors = np.square(reconstructions - test)
     order = errors.mean(axis=(1, 2, 3)).argsort()
     each = min(4, len(order) // 3)
     middle = (len(order) - each) // 2
@@ -196,7 +196,9 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return utils.complete_options(parser.parse_args(arguments), "q1")
 
 
-def train(run: utils.RunFolder, images: np.ndarray, valid: np.ndarray) -> keras.Model:
+def train_model(
+    run: utils.RunFolder, images: np.ndarray, valid: np.ndarray
+) -> keras.Model:
     """Build and train an autoencoder; draw its loss beside PCA's."""
     options = run.options
     keras.utils.set_random_seed(options.seed)
@@ -221,13 +223,14 @@ def main() -> None:
     splits = utils.prepare_splits(load_mnist_m(options.data), options)
     train_split, valid, test = splits
     with utils.RunFolder(options) as run:
-        autoencoder = train(run, train_split.images, valid.images)
+        autoencoder = train_model(run, train_split.images, valid.images)
         print("Measuring.", flush=True)
-        restored = utils.predict(autoencoder, test.images)
-        errors = np.square(restored - test.images)
+        reconstructions = utils.predict(autoencoder, test.images)
+        errors = np.square(reconstructions - test.images)
         found = evaluate(autoencoder, train_split, test, errors)
+        found["validation_mse"] = float(run.history["val_loss"][-1])
         run.lap("metrics")
-        draw(options.figures, test.images, restored, found, options.seed)
+        draw(options.figures, test.images, reconstructions, found, options.seed)
         run.lap("figures")
         run.write_metrics(found)
     if options.updates_report:

@@ -49,7 +49,7 @@ EPOCHS = 28
 BATCH_SIZE = 128
 LEARNING_RATE = 1.5e-3  # of (a), at its peak
 AUGMENT_BELOW = 10_000  # training images: fewer are augmented
-LEAST_STEPS = 5_000  # of training, where --epochs does not say otherwise
+LEAST_STEPS = 2_000  # of training, where --epochs does not say otherwise
 SAMPLES = 10_000  # draws from the prior whose quality is measured
 DISCRIMINATOR_HIDDEN = (400, 400, 400)
 # Standard deviation of q(z|x): in coordinates that carry the image, at the start and at
@@ -163,12 +163,12 @@ def build_discriminator(code_dim: int = CODE_DIM) -> keras.Model:
 # overflow, as the logarithm of a probability that rounds to 0 would.
 
 
-def reconstruction_loss(x: tf.Tensor, restored: tf.Tensor) -> tf.Tensor:
+def reconstruction_loss(x: tf.Tensor, x_hat: tf.Tensor) -> tf.Tensor:
     """Return L_recons = sum_n ||x_n - xhat_n|| of images (N, 784).
 
     The norm is clamped so that its gradient at a perfect reconstruction is 0.
     """
-    squared = tf.reduce_sum(tf.square(x - restored), axis=-1)
+    squared = tf.reduce_sum(tf.square(x - x_hat), axis=-1)
     return tf.reduce_sum(tf.sqrt(tf.maximum(squared, 1e-12)))
 
 
@@ -207,15 +207,15 @@ class AdversarialAutoencoder(keras.Model):
 
         # (a) Encoder and decoder minimise L_recons = sum_n ||x_n - xhat_n||.
         with tf.GradientTape() as tape:
-            restored = self(x)
-            loss_recons = reconstruction_loss(x, restored)
+            x_hat = self(x)
+            loss_recons = reconstruction_loss(x, x_hat)
         variables = self.encoder.trainable_variables + self.decoder.trainable_variables
         self.optimizer.apply(tape.gradient(loss_recons, variables), variables)
 
         # (b) The discriminator minimises
         #     L_D = -E_z[log D(z)] - E_x[log(1 - D(Enc(x)))].
         codes = self.encoder(x)
-        z = self.draw_prior(tf.shape(x)[0])
+        z = self.sample_prior(tf.shape(x)[0])
         with tf.GradientTape() as tape:
             loss_d = discriminator_loss(
                 self.discriminator(z), self.discriminator(codes)
@@ -230,7 +230,7 @@ class AdversarialAutoencoder(keras.Model):
         variables = self.encoder.trainable_variables
         self.encoder_optimizer.apply(tape.gradient(loss_enc, variables), variables)
 
-        return self.log(x, restored, loss_d, loss_enc)
+        return self.log(x, x_hat, loss_d, loss_enc)
 
     def compile(self, learning_rate: float, epochs: int, steps: int) -> None:
         """Give each stage its Adam; `learning_rate` is that of (a), at its highest."""
@@ -253,7 +253,7 @@ class AdversarialAutoencoder(keras.Model):
         """Return the reconstructions, float32 (N, 784), of images in [0, 1]."""
         return self.decoder(self.encoder(x))
 
-    def draw_prior(self, count: tf.Tensor | int) -> tf.Tensor:
+    def sample_prior(self, count: tf.Tensor | int) -> tf.Tensor:
         """Draw z ~ p(z), the standard normal, float32 (count, code_dim)."""
         shape = count, self.decoder.input_shape[-1]
         return keras.random.normal(shape, seed=self.seed_generator)
@@ -262,18 +262,18 @@ class AdversarialAutoencoder(keras.Model):
         """Measure the three losses on a batch x, float32 (N, 784) in [0, 1]."""
         x, _ = data
         codes = self.encoder(x)
-        z_logits = self.discriminator(self.draw_prior(tf.shape(x)[0]))
+        z_logits = self.discriminator(self.sample_prior(tf.shape(x)[0]))
         code_logits = self.discriminator(codes)
         loss_d = discriminator_loss(z_logits, code_logits)
         return self.log(x, self.decoder(codes), loss_d, encoder_loss(code_logits))
 
     def log(
-        self, x: tf.Tensor, restored: tf.Tensor, loss_d: tf.Tensor, loss_enc: tf.Tensor
+        self, x: tf.Tensor, x_hat: tf.Tensor, loss_d: tf.Tensor, loss_enc: tf.Tensor
     ) -> dict[str, tf.Tensor]:
         """Add a batch to the epoch's means (of L_recons: a mean over images)."""
         count = tf.cast(tf.shape(x)[0], tf.float32)
-        norm = reconstruction_loss(x, restored) / count
-        mse = tf.reduce_mean(tf.square(x - restored))
+        norm = reconstruction_loss(x, x_hat) / count
+        mse = tf.reduce_mean(tf.square(x - x_hat))
         for mean, value in zip(self.means, (norm, loss_d, loss_enc, mse), strict=True):
             mean.update_state(value, sample_weight=count)
         return {mean.name: mean.result() for mean in self.means}
@@ -361,7 +361,7 @@ class Encoded(NamedTuple):
     train: tuple[np.ndarray, np.ndarray]  # mean and deviation of q(z|x), (N, D) each
     test: tuple[np.ndarray, np.ndarray]  # the same, (M, D) each
     codes: np.ndarray  # draws from q(z|x) of the test images, (M, D)
-    restored: np.ndarray  # those decoded, (M, 784) in [0, 1]
+    reconstructions: np.ndarray  # those decoded, (M, 784) in [0, 1]
     samples: np.ndarray  # draws from the prior, decoded, (SAMPLES, 784) in [0, 1]
 
 
@@ -408,8 +408,8 @@ def evaluate(
     `start` is the untrained encoder: what it passes too says nothing of training.
     """
     train, _, test = splits
-    codes, samples, restored = encoded.codes, encoded.samples, encoded.restored
-    squared = np.square(test.images - restored, dtype=np.float64)
+    codes, samples = encoded.codes, encoded.samples
+    squared = np.square(test.images - encoded.reconstructions, dtype=np.float64)
     means, deviations = encoded.test
     signal = metrics.signal_coordinates(means, deviations)
     noise = np.median(deviations[:, signal], axis=0)
@@ -419,7 +419,7 @@ def evaluate(
     untrained_codes = utils.predict(start, test.images)
     generated = {
         "samples": samples,
-        "reconstructions": restored,
+        "reconstructions": encoded.reconstructions,
         "pca_samples": metrics.pca_samples(train.images, max(1, len(noise)), SAMPLES),
     }
     quality = metrics.sample_quality(classifier, train, test, generated)
@@ -458,7 +458,7 @@ def draw(
         plots.image_grid(path, images, title, labels, columns=len(rows[0]))
 
     chosen = np.random.default_rng(seed).permutation(len(test.images))[:20]
-    both = test.images, encoded.restored
+    both = test.images, encoded.reconstructions
     rows = [images[half] for half in np.split(chosen, 2) for images in both]
     title = "Random test digits and their reconstructions"
     grid("reconstructions", rows, title, ("input", "output") * 2)
@@ -515,7 +515,9 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return utils.complete_options(options, "q2_control" if options.control else "q2")
 
 
-def train(run: utils.RunFolder, train: Split, valid: Split) -> AdversarialAutoencoder:
+def train_model(
+    run: utils.RunFolder, train: Split, valid: Split
+) -> AdversarialAutoencoder:
     """Build and train a model; draw its losses."""
     options = run.options
     recipe = CONTROL if options.control else DEFAULT
@@ -562,7 +564,7 @@ def main() -> None:
         steps = len(splits[0].images) // options.batch_size
         options.epochs = max(EPOCHS, math.ceil(LEAST_STEPS / steps))
     with utils.RunFolder(options) as run:
-        model = train(run, *splits[:2])
+        model = train_model(run, *splits[:2])
         found = measure(run, model, splits)
         run.write_metrics(found)
     if options.updates_report:

@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 Metrics = Mapping[str, Any]
-# Rows of question 1's comparisons that differ in the code's size alone.
-Q1_SIZES = ("code-16", "code-32", "code-64", "default", "code-256")
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -107,33 +105,28 @@ def q1_error(metrics: Metrics) -> str:
     return " ".join(parts) + "\n\n" + table
 
 
-def q1_sizes(metrics: Metrics) -> str:
-    """Return question 1's error at each code size."""
-    rows = [row for name, row in metrics["rows"].items() if name in Q1_SIZES]
-    table = markdown_table(
-        ("code", "CNN test MSE", "PCA test MSE", "ratio", "CNN PSNR (dB)", "PCA PSNR"),
-        [
-            (
-                str(row["code_dim"]),
-                *(f"{mse:.5f}" for mse in (row["test_mse"], row["pca_test_mse"])),
-                f"{row['test_mse'] / row['pca_test_mse']:.2f}",
-                *(psnr(mse) for mse in (row["test_mse"], row["pca_test_mse"])),
-            )
-            for row in sorted(rows, key=lambda row: row["code_dim"])
-        ],
-    )
-    return f"{table}\n\n{provenance(metrics)}"
-
-
-def q1_designs(metrics: Metrics) -> str:
-    """Return question 1's other designs and seeds."""
+def q1_rows(metrics: Metrics) -> str:
+    """Return question 1's code sizes, other designs and seeds."""
     rows = [
-        (row["title"], f"{row['validation_mse']:.5f}", f"{row['test_mse']:.5f}")
-        for name, row in metrics["rows"].items()
-        if name == "default" or name not in Q1_SIZES
+        (
+            row["title"],
+            str(row["code_dim"]),
+            f"{row['validation_mse']:.5f}",
+            f"{row['test_mse']:.5f}",
+            f"{row['pca_test_mse']:.5f}",
+            f"{row['test_mse'] / row['pca_test_mse']:.2f}",
+        )
+        for row in metrics["rows"].values()
     ]
-    table = markdown_table(("autoencoder", "validation MSE", "test MSE"), rows)
-    return f"{table}\n\n{provenance(metrics)}"
+    header = (
+        "autoencoder",
+        "code",
+        "validation MSE",
+        "test MSE",
+        "PCA test MSE",
+        "ratio",
+    )
+    return f"{markdown_table(header, rows)}\n\n{provenance(metrics)}"
 
 
 # Question 2 --------------------------------------------------------------------------
@@ -309,7 +302,7 @@ def q2_rows(metrics: Metrics, long: bool) -> str:
 BLOCKS: dict[str, dict[str, Callable[[Metrics], str]]] = {
     "q1_metrics.json": {"q1": q1, "q1.error": q1_error},
     "unseen/q1_metrics.json": {"q1.unseen": q1_unseen},
-    "q1_comparisons_metrics.json": {"q1.sizes": q1_sizes, "q1.designs": q1_designs},
+    "q1_comparisons_metrics.json": {"q1.comparisons": q1_rows},
     "q2_metrics.json": {
         "q2": provenance,
         "q2.losses": q2_losses,

@@ -36,7 +36,7 @@ def test_training_beats_the_mean_image(tiny_data, tmp_path):
     splits = utils.prepare_splits(load_mnist_m(path), options)
     train, valid, test = splits
     with utils.RunFolder(options) as run:
-        autoencoder = q1.train(run, train.images, valid.images)
+        autoencoder = q1.train_model(run, train.images, valid.images)
     assert list(run.history["epoch"]) == list(range(1, 7))
     assert run.history["loss"][-1] < run.history["loss"][0]
     assert run.history["val_loss"][-1] < run.history["val_loss"][0]

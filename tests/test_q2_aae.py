@@ -93,7 +93,7 @@ def test_step_takes_the_stages_of_the_assignment_in_turn():
     found = model.train_step((BATCH, BATCH))
 
     encoder, decoder, judge = other.encoder, other.decoder, other.discriminator
-    z = other.draw_prior(64)
+    z = other.sample_prior(64)
 
     def descend(rate, loss, *networks):
         variables = [v for network in networks for v in network.trainable_variables]
@@ -277,7 +277,7 @@ def test_codes_have_the_posteriors_noise_anew_each_time_or_none():
 
 def test_prior_draws_are_standard_normal_and_not_the_encoders_noise():
     model = build()
-    draws = model.draw_prior(20_000).numpy()
+    draws = model.sample_prior(20_000).numpy()
     assert draws.shape == (20_000, 8)
     assert draws.dtype == np.float32
     assert np.abs(draws.mean(axis=0)).max() < 0.04
@@ -286,7 +286,7 @@ def test_prior_draws_are_standard_normal_and_not_the_encoders_noise():
     model, x = build(), tf.constant(IMAGES[:1000])
     means, deviations = metrics.posterior(model.encoder, IMAGES[:1000])
     noise = (model.encoder(x) - means) / deviations
-    draws = model.draw_prior(1000)
+    draws = model.sample_prior(1000)
     assert abs(np.corrcoef(np.ravel(noise), np.ravel(draws))[0, 1]) < 0.06
 
 

@@ -1,0 +1,283 @@
+"""Beyond the homework: question 2's finished runs as one page to play with.
+
+    python -m extras.explorer    # writes figures/q2_explorer.html
+
+The page works by a double click, without a server or a network: the networks travel in
+it, and JavaScript applies them. `explorer.html` is its template. Weights are rounded,
+finely where the output feels it, until no output differs by more than a tolerance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import utils
+
+import keras
+import numpy as np
+
+import metrics
+import q2_aae  # noqa: F401  registers what the models hold
+from read_MNIST_M import find_file, load_digits
+
+TEMPLATE = Path(__file__).with_suffix(".html")
+LIMIT = 6_000_000  # bytes of the page
+MAP_BYTES = 1_000_000  # of the map, uncompressed: fewer points where codes are long
+DIGITS = 40  # of a class whose true images travel along
+AXES = 10  # that have a slider
+CHECKED = 3_000  # codes or images on which a rounded network is compared
+PIXEL_TOLERANCE = 1.5 / 255  # of a decoded pixel: the page promises 2 / 255
+CODE_TOLERANCE = 0.02  # of the mean and log-variance of q(z|x); the prior deviates by 1
+FIRST_STEP = 2e-3  # of a weight, to measure what rounding each layer does
+
+
+class Network:
+    """A Keras model of Dense, Add and Rescaling as steps that JavaScript can apply.
+
+    Attributes:
+        steps: plain data; value 0 is the input, and step i makes value i + 1 from the
+            values that `from` names.
+        outputs: by name the number of a value.
+    """
+
+    def __init__(self, model: keras.Model, outputs: dict[str, Any]) -> None:
+        self.model = keras.Model(model.inputs, list(outputs.values()))
+        self.steps, self.layers = [], {}  # of the layers only those with weights
+        numbers = {id(self.model.inputs[0]): 0}
+        for layer in self.model.operations[1:]:  # the first is the input
+            kind, sources = type(layer).__name__, keras.tree.flatten(layer.input)
+            activation = getattr(getattr(layer, "activation", None), "__name__", None)
+            if (kind, activation) not in {("Add", None), ("Rescaling", None)} | {
+                ("Dense", name) for name in ("gelu", "sigmoid", "linear")
+            }:
+                found = f"{layer.name}: found {kind} with activation {activation}"
+                raise utils.UsageError(f"{found}, expected what the page can apply")
+            step = {"op": kind.lower(), "from": [numbers[id(s)] for s in sources]}
+            step["units"] = layer.output.shape[-1]
+            if kind == "Dense":
+                step |= {"inputs": sources[0].shape[-1], "activation": activation}
+                self.layers[len(self.steps)] = layer
+            elif kind == "Rescaling":
+                for name in ("scale", "offset"):
+                    step[name] = np.ravel(getattr(layer, name)).tolist()
+            self.steps.append(step)
+            numbers[id(layer.output)] = len(self.steps)
+        self.outputs = {name: numbers[id(tensor)] for name, tensor in outputs.items()}
+        self.inputs = self.model.inputs[0].shape[-1]
+
+    def predict(self, x: np.ndarray) -> np.ndarray:
+        """Return the outputs side by side, float32 (N, ...), of inputs (N, I)."""
+        return np.concatenate(keras.tree.flatten(utils.predict(self.model, x)), axis=1)
+
+    def compress(self, x: np.ndarray, tolerance: float) -> tuple[dict[str, Any], bytes]:
+        """Round the weights to few bits; the model keeps the rounded ones.
+
+        The bits are fewest where each layer's squared share in the difference is in
+        proportion to its number of weights.
+
+        Args:
+            x: inputs, float32 (N, I). The rounding is fitted to every second one, and
+                compared on the others.
+            tolerance: the largest difference of an output.
+
+        Returns:
+            A description for JavaScript, with the `difference`; the weights' bytes.
+        """
+        inputs = [layer.input for layer in self.layers.values()]
+        seen = utils.predict(keras.Model(self.model.inputs, inputs), x[::2])
+        factors = map(error_factor, keras.tree.flatten(seen))
+        factors = dict(zip(self.layers, factors, strict=True))
+        exact, before = self.predict(x[1::2]), self.model.get_weights()
+        rounded: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+        def differ(steps: dict[int, float]) -> float:
+            self.model.set_weights(before)
+            for i, step in steps.items():
+                weights = self.layers[i].get_weights()
+                whole, bias = rounded[i] = round_weights(*weights, factors[i], step)
+                self.layers[i].set_weights([whole * step, bias])
+            return float(np.abs(self.predict(x[1::2]) - exact).max())
+
+        sizes = {i: layer.kernel.shape for i, layer in self.layers.items()}
+        roots = {i: np.sqrt(np.prod(shape)) for i, shape in sizes.items()}
+        slopes = {i: differ({i: FIRST_STEP}) / FIRST_STEP + 1e-9 for i in roots}
+        aim, difference = tolerance, np.inf
+        while difference > tolerance:
+            scale = aim / np.linalg.norm(list(roots.values()))
+            steps = {i: float(scale * roots[i] / slopes[i]) for i in roots}
+            difference, aim = differ(steps), 0.9 * aim
+        data = b""
+        for i, (whole, bias) in rounded.items():
+            self.steps[i]["scale"] = steps[i]
+            # 0, -1, 1, -2, ... as 0, 1, 2, 3, ...; the low bytes, then the high ones.
+            coded = np.where(whole < 0, -2 * whole - 1, 2 * whole).astype("<u2")
+            planes = coded.view(np.uint8).reshape(-1, 2).T
+            data += bias.astype("<f4").tobytes() + planes.tobytes()
+        described = {"inputs": self.inputs, "steps": self.steps}
+        return described | {"outputs": self.outputs, "difference": difference}, data
+
+
+def error_factor(x: np.ndarray) -> np.ndarray:
+    """Return what `round_weights` spreads errors by, for a layer's inputs (N, I).
+
+    It is the upper Cholesky factor of the inverse of their second moments and the
+    bias's, float64 (I + 1, I + 1).
+    """
+    x = np.column_stack([x, np.ones(len(x))]).astype(np.float64)
+    moments = x.T @ x / len(x)
+    moments += 1e-4 * np.trace(moments) / len(moments) * np.eye(len(moments))
+    return np.linalg.cholesky(np.linalg.inv(moments)).T
+
+
+def round_weights(
+    kernel: np.ndarray, bias: np.ndarray, factor: np.ndarray, step: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Round a kernel (I, O) to multiples of a step, row by row (arXiv:2210.17323).
+
+    Inputs are correlated, so later rows and the bias can undo a row's rounding in part.
+
+    Returns:
+        The multiples, whole numbers, float64 (I, O), and the new bias, float64 (O,).
+    """
+    rows, whole = np.vstack([kernel, bias]).astype(np.float64), np.empty(kernel.shape)
+    for i in range(len(kernel)):
+        whole[i] = np.rint(rows[i] / step)
+        error = (rows[i] - whole[i] * step) / factor[i, i]
+        rows[i + 1 :] -= np.outer(factor[i, i + 1 :], error)
+    return whole, rows[-1]
+
+
+def rank_axes(decoder: Network) -> list[dict[str, float]]:
+    """Return the coordinates that change the image most, those first.
+
+    `change` is the mean squared change of a pixel, in 0..1, as a `coordinate` moves
+    from -1 to +1 in random codes.
+    """
+    codes = np.random.default_rng(0).standard_normal((32, decoder.inputs))
+    changes = []
+    for axis in range(decoder.inputs):
+        ends = np.concatenate([codes, codes])
+        ends[:, axis] = np.repeat([-1.0, 1.0], len(codes))
+        low, high = np.split(decoder.predict(ends), 2)
+        changes.append(float(np.square(high - low).mean()))
+    first = np.argsort(changes)[: -AXES - 1 : -1].tolist()
+    return [{"coordinate": axis, "change": changes[axis]} for axis in first]
+
+
+def to_bytes(codes: np.ndarray) -> tuple[dict[str, list[float]], bytes]:
+    """Round codes (N, D) to int8 bytes, (D, N); `centres` and `scales` restore them."""
+    low, high = codes.min(axis=0), codes.max(axis=0)
+    centres, scales = (low + high) / 2, np.maximum(high - low, 1e-6) / 254
+    packed = np.rint((codes - centres) / scales).astype(np.int8)
+    return {"centres": centres.tolist(), "scales": scales.tolist()}, packed.T.tobytes()
+
+
+def load_run(path: Path) -> dict[str, Network]:
+    """Load a run's decoder, and its encoder with outputs mean and log_variance."""
+    networks = {}
+    for name in ("encoder", "decoder"):
+        file = path / f"{name}.keras"
+        with utils.damage_told(file, "a model; run python q2_aae.py first"):
+            model = keras.saving.load_model(file)
+        heads = [n for n in model.layers if n.name in ("mean", "log_variance")]
+        outputs = {layer.name: layer.output for layer in heads}
+        networks[name] = Network(model, outputs or {"image": model.output})
+    return networks
+
+
+def collect(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Return what the page holds: plain data, and bytes by name."""
+    images, labels = load_digits(options.data)[0]
+    if labels is None:
+        raise utils.UsageError(
+            f"{options.data}: found no labels, expected a digit each"
+        )
+    path = options.run_dir / "tsne.npz"
+    expected = f"a map of {len(images)} points; run python q2_aae.py first"
+    with utils.damage_told(path, expected), np.load(path) as file:
+        points = file["points"].reshape(len(images), 2)
+    runs = {"main": load_run(options.run_dir)}
+    if options.control_dir.exists():
+        runs["control"] = load_run(options.control_dir)
+
+    images, rng = utils.unit_floats(images), np.random.default_rng(0)
+    codes, deviations = metrics.posterior(runs["main"]["encoder"].model, images)
+    signal = metrics.signal_coordinates(codes, deviations)
+    count = MAP_BYTES // (5 + np.count_nonzero(signal))
+    kept = np.sort(rng.permutation(len(images))[:count])
+    images, labels, codes, points = (
+        images[kept],
+        labels[kept],
+        codes[kept],
+        points[kept],
+    )
+    numbers = [np.flatnonzero(labels == digit)[:DIGITS] for digit in range(10)]
+    numbers = np.concatenate(numbers)
+    packed, planes = to_bytes(codes[:, signal])
+    points = (points - points.min(axis=0)) / np.ptp(points, axis=0).max() * 65535
+    head = np.rint(points).T.astype("<u2").tobytes() + labels.astype(np.uint8).tobytes()
+    blobs = {"map": head + planes}
+    blobs["digits"] = np.rint(images[numbers] * 255).astype(np.uint8).tobytes()
+    packed |= {"count": len(kept), "signal": np.flatnonzero(signal).tolist()}
+    packed["fill"] = codes.mean(axis=0).tolist()
+    meta = {"map": packed, "digits": {"points": numbers.tolist()}, "checked": CHECKED}
+
+    some = images[rng.permutation(len(images))[: 2 * CHECKED]]
+    for name, run in runs.items():
+        meta[name] = {"axes": rank_axes(run["decoder"])}
+        codes = metrics.posterior(run["encoder"].model, some)[0]
+        codes[len(codes) // 2 :] = rng.standard_normal(codes[len(codes) // 2 :].shape)
+        if name == "control":  # its encoder stays behind; some codes travel
+            known = metrics.posterior(run["encoder"].model, images[numbers])[0]
+            meta[name]["codes"], planes = to_bytes(known)
+            blobs["digits"] += planes
+        else:
+            found = run["encoder"].compress(some, CODE_TOLERANCE)
+            meta[name]["encoder"], blobs[f"{name}-encoder"] = found
+        found = run["decoder"].compress(codes, PIXEL_TOLERANCE)
+        meta[name]["decoder"], blobs[f"{name}-decoder"] = found
+    return meta, blobs
+
+
+def write_page(meta: dict[str, Any], blobs: dict[str, bytes]) -> bytes:
+    """Return the page: the template with the data in it."""
+    text = json.dumps(meta, separators=(",", ":")).replace("<", "\\u003c")
+    tags = [f'<script type="application/json" id="meta">{text}</script>']
+    for name, data in blobs.items():
+        text = base64.b64encode(gzip.compress(data, mtime=0)).decode("ascii")
+        tags.append(f'<script type="text/plain" id="blob-{name}">{text}</script>')
+    page = TEMPLATE.read_text(encoding="utf-8")
+    return page.replace("<!-- DATA -->", "\n".join(tags)).encode()
+
+
+def main() -> None:
+    """Write the page."""
+    parser = utils.OneLineParser(description=__doc__.split("\n\n")[0])
+    for flag, default, text in (
+        ("--run-dir", "runs/q2", "of the main run"),
+        ("--control-dir", "runs/q2_control", "of the control; may be missing"),
+        ("--data", "data.npy", "data file that both were trained on"),
+        ("--output", "figures/q2_explorer.html", "the page"),
+    ):
+        text += " (default: %(default)s)"
+        parser.add_argument(flag, type=Path, default=default, metavar="PATH", help=text)
+    options = parser.parse_args()
+    options.data = find_file(options.data)
+    print("Reading the runs and rounding their networks: a minute or two.", flush=True)
+    page = write_page(*collect(options))
+    if len(page) > LIMIT:
+        raise utils.UsageError(
+            f"the page: found {len(page):,} bytes, expected {LIMIT:,}"
+        )
+    with utils.replacing(options.output) as temporary:
+        temporary.write_bytes(page)
+    print(f"{options.output}: {len(page) / 1e6:.2f} MB.")
+
+
+if __name__ == "__main__":
+    utils.run_script(main)
