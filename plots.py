@@ -261,7 +261,9 @@ def q2_prior_match(
         rank = np.arange(1, dimensions + 1)
         for (name, values), style in zip(spectra.items(), ("-", "k--"), strict=False):
             spectrum.plot(rank, np.maximum(values, 1e-8), style, label=name)
-        spectrum.set(yscale="log", title="covariance spectrum", xlabel="rank")
+        scale = "log" if own[-1] < 0.1 else "linear"
+        spectrum.set(yscale=scale, title="covariance spectrum", xlabel="rank")
+        spectrum.xaxis.set_major_locator(MaxNLocator(integer=True))
         spectrum.set_ylabel("eigenvalue")
 
         squared = np.square(codes, dtype=np.float64).sum(axis=1)

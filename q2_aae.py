@@ -536,7 +536,7 @@ def measure(
 ) -> dict[str, Any]:
     """Measure a trained model and draw what it makes; return the metrics."""
     options, (train_split, _, test) = run.options, splits
-    print("Measuring: a minute or two.", flush=True)
+    print("Measuring: some minutes.", flush=True)
     encoded = encode(model.encoder, model.decoder, train_split, test, options.seed)
     start = build_model(options, train_split.images, model.recipe).encoder
     found = evaluate(encoded, start, digit_classifier(run, train_split), splits)

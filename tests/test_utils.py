@@ -1,10 +1,9 @@
 """The shared floor: command line, exit codes, batches, the run's folder, files."""
 
 import contextlib
+import io
 import json
-import pickle
 import resource
-import shutil
 import signal
 import sys
 import time
@@ -14,11 +13,7 @@ import utils
 import keras
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-import plots
-import report
 from read_MNIST_M import DataError, Split
 
 RNG = np.random.default_rng(0)
@@ -50,10 +45,6 @@ def test_quick_never_touches_the_report():
         ["--epochs", "0"],
         ["--epochs", "x"],
         ["--learning-rate", "nan"],
-        ["--learning-rate", "inf"],
-        ["--learning-rate", "0"],
-        ["--batch-size", "-1"],
-        ["--code-dim", "1.5"],
         ["--seed", "-1"],
         ["--seed", 2**31],
         ["--no-such-flag"],
@@ -103,43 +94,22 @@ def test_exit_codes(capsys, monkeypatch, error, code):
     assert told.endswith(" --resume") == isinstance(error, utils.Interrupted)
 
 
-def test_success_returns_and_a_bug_is_not_hidden(capsys):
-    assert utils.run_script(lambda: None) is None
-    assert capsys.readouterr().err == ""
+def test_a_bug_is_not_hidden():
     with pytest.raises(ZeroDivisionError):
         utils.run_script(lambda: 1 / 0)
 
 
-@pytest.fixture
-def own_handlers():
-    """Handlers of a guest's for the two signals that a script takes."""
-
-    def own(*_):
-        raise AssertionError("the guest's, while the script runs")
-
-    numbers = signal.SIGINT, signal.SIGTERM
-    before = {number: signal.signal(number, own) for number in numbers}
-    yield {number: own for number in numbers}
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-def handlers():
-    return {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_does_not_cut_short_what_the_first_one_saves(
-    own_handlers, number
-):
-    saved = []
+def test_a_second_signal_does_not_cut_short_what_the_first_one_saves(number):
+    both, saved = (signal.SIGINT, signal.SIGTERM), []
+    before = [signal.getsignal(each) for each in both]
 
     def main():
         try:
             signal.raise_signal(number)
             time.sleep(5)
         except KeyboardInterrupt:
-            for second in own_handlers:
+            for second in both:
                 signal.raise_signal(second)
             saved.append("whole")
             raise
@@ -148,25 +118,7 @@ def test_a_second_signal_does_not_cut_short_what_the_first_one_saves(
         utils.run_script(main)
     assert ended.value.code == 130
     assert saved == ["whole"]
-    assert handlers() == own_handlers
-
-
-def test_signals_and_keras_settings_are_put_back(own_handlers):
-    config = keras.config
-    before = config.floatx(), config.image_data_format()
-    seen = []
-    try:
-        config.set_floatx("float16")
-        config.set_image_data_format("channels_first")
-        utils.run_script(
-            lambda: seen.extend([config.floatx(), config.image_data_format()])
-        )
-        seen += config.floatx(), config.image_data_format()
-    finally:
-        config.set_floatx(before[0])
-        config.set_image_data_format(before[1])
-    assert seen == ["float32", "channels_last", "float16", "channels_first"]
-    assert handlers() == own_handlers
+    assert [signal.getsignal(each) for each in both] == before
 
 
 # Data ------------------------------------------------------------------------------
@@ -187,21 +139,18 @@ def test_images_are_scaled_to_unit_floats():
         assert after.images.dtype == np.float32
         np.testing.assert_allclose(after.images, before.images / 255, rtol=1e-6)
         np.testing.assert_array_equal(after.labels, before.labels)
-    every = np.arange(256, dtype=np.uint8)
-    assert (utils.unit_floats(every).min(), utils.unit_floats(every).max()) == (0, 1)
+    assert list(utils.unit_floats(np.array([0, 255], np.uint8))) == [0, 1]
 
 
 def test_quick_takes_the_first_images_of_each_split():
     given = splits(2001, 300, 501)
-    unlabelled = [Split(images, None) for images, _ in given]
-    for whole in (given, unlabelled):
-        quick = utils.prepare_splits(whole, complete("--quick"))
-        assert [len(split.images) for split in quick] == [2000, 200, 500]
-        for before, after in zip(whole, quick, strict=True):
-            np.testing.assert_allclose(
-                after.images[-1] * 255, before.images[len(after.images) - 1], atol=1e-3
-            )
-            assert after.labels is None or len(after.labels) == len(after.images)
+    given[1] = Split(given[1].images, None)
+    quick = utils.prepare_splits(given, complete("--quick"))
+    assert [len(split.images) for split in quick] == [2000, 200, 500]
+    for before, after in zip(given, quick, strict=True):
+        last = before.images[len(after.images) - 1]
+        np.testing.assert_allclose(after.images[-1] * 255, last, atol=1e-3)
+    assert [len(quick[0].labels), quick[1].labels] == [2000, None]
 
 
 @pytest.mark.parametrize(
@@ -217,20 +166,18 @@ def test_splits_too_small_to_measure_are_refused(counts, told):
         utils.prepare_splits(splits(*counts), complete("--data", "given.npy"))
 
 
-@pytest.mark.parametrize("image", [np.zeros(784), np.arange(784) % 251])
-def test_training_images_that_are_all_the_same_are_refused(image):
+def test_training_images_that_are_all_the_same_are_refused():
     given = splits(100, 9, 20)
-    given[0].images[:] = image
+    given[0].images[:] = np.arange(784) % 251
     with pytest.raises(utils.UsageError, match="given.npy: found .* all the same"):
         utils.prepare_splits(given, complete("--data", "given.npy"))
 
 
-@pytest.mark.parametrize(("asked", "used"), [(5000, 100), (101, 100), (100, 100)])
-def test_batch_size_is_at_most_the_number_of_images(capsys, asked, used):
-    options = complete("--batch-size", asked)
+def test_batch_size_is_at_most_the_number_of_images(capsys):
+    options = complete("--batch-size", 101)
     utils.prepare_splits(splits(100, 9, 20), options)
-    assert options.batch_size == used
-    assert (f"--batch-size {used}" in capsys.readouterr().out) == (asked != used)
+    assert options.batch_size == 100
+    assert "--batch-size 100:" in capsys.readouterr().out
 
 
 def epoch_orders(first_epoch, epochs, seed=3):
@@ -267,15 +214,8 @@ def test_predictions_are_of_all_images_in_their_order():
 
 def test_rate_rises_in_the_first_epoch_and_falls_to_nothing():
     schedule = utils.falling_rate(0.1, epochs=4, steps=10)
-    rates = np.array([float(schedule(step)) for step in range(41)])
-    assert rates[0] == 0
-    assert rates[10] == pytest.approx(0.1)
-    assert (np.diff(rates[:11]) > 0).all()
-    assert (np.diff(rates[10:]) < 0).all()
-    assert rates[25] == pytest.approx(0.05)  # a cosine's middle
-    assert rates[40] == pytest.approx(0, abs=1e-6)
-    only = utils.falling_rate(0.1, epochs=1, steps=10)
-    np.testing.assert_allclose([float(only(step)) for step in range(10)], rates[:10])
+    rates = [float(schedule(step)) for step in (0, 5, 10, 25, 40)]
+    np.testing.assert_allclose(rates, [0, 0.05, 0.1, 0.05, 0], atol=1e-6)
 
 
 def run_options(folder, *arguments):
@@ -302,19 +242,10 @@ def fit(options, networks=(), model=None):
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
     options = run_options(tmp_path)
-    other = run_options(tmp_path, "--run-dir", tmp_path / "other")
-    with utils.RunFolder(options):
-        with (
-            pytest.raises(utils.UsageError, match="run: found another run at work"),
-            utils.RunFolder(options),
-        ):
-            pass
-        with utils.RunFolder(other):
-            pass
-    with pytest.raises(ZeroDivisionError) as kept, utils.RunFolder(options):
-        raise ZeroDivisionError
-    assert kept.value.__traceback__  # its frames are alive, and the folder is free
-    with utils.RunFolder(options):
+    refusal = pytest.raises(utils.UsageError, match="run: found another run at work")
+    with utils.RunFolder(options), refusal, utils.RunFolder(options):
+        pass
+    with utils.RunFolder(options):  # which is free again
         pass
 
 
@@ -343,6 +274,8 @@ def test_history_is_of_each_epoch_and_a_new_run_begins_it_anew(tmp_path):
         lines = (tmp_path / "figures" / "q1_history.csv").read_text().splitlines()
         assert lines[0].split(",") == list(run.history)
         assert len(lines) == 1 + epochs
+    resumed = fit(run_options(tmp_path, "--epochs", 2, "--resume"))
+    assert list(resumed.history["epoch"]) == [1, 2]
 
 
 def test_metrics_are_written_with_where_they_come_from(tmp_path):
@@ -374,61 +307,32 @@ def contents(folder):
     return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("written", ["checkpoint", "model", "figure", "report"])
-def test_full_disk_is_told_and_what_was_there_stays(tmp_path, refused, written):
-    options = run_options(tmp_path, "--epochs", 1)
-    large = small_model(200)
-    place = {
-        "checkpoint": options.run_dir / utils.CHECKPOINT,
-        "model": options.run_dir / "large.keras",
-        "figure": tmp_path / "x.png",
-        "report": tmp_path / "report.md",
-    }[written]
-    block = (
-        "<!-- begin q1 --><!-- end q1 --><!-- begin q1.error --><!-- end q1.error -->"
-    )
-    (tmp_path / "report.md").write_text(block + "prose" * 3000)
-    run = fit(options)
-    committed = report.__file__.replace("report.py", "figures/q1_metrics.json")
-    shutil.copy(committed, options.figures)
-
-    def write():
-        if written == "checkpoint":
-            run.record(large, run.rows[0])
-        elif written == "model":
-            fit(options, {"large": large})
-        elif written == "figure":
-            plots.image_grid(place, RNG.random((4, 28, 28)), "title")
-        else:
-            report.update(options.figures, place)
-
-    write()
+def test_full_disk_is_told_and_what_was_there_stays(tmp_path, refused):
+    options, large = run_options(tmp_path, "--epochs", 1), small_model(200)
+    run = fit(options, {"large": large})
+    run.record(large, run.rows[0])
     before = contents(tmp_path)
-    assert len(before[place]) > 9_000
-    with disk_with_room_for(9_000):
-        error = refused(write)
-    assert "File too large" in error
-    after = contents(tmp_path)
-    assert after.keys() == before.keys()
-    assert after[place] == before[place]
-    assert str(place) in error
+    for path, write in (
+        (run.checkpoint, lambda: run.record(large, run.rows[0])),
+        (options.run_dir / "large.keras", lambda: fit(options, {"large": large})),
+    ):
+        with disk_with_room_for(9_000):
+            error = refused(write)
+        assert "File too large" in error
+        assert str(path) in error
+        after = contents(tmp_path)
+        assert after.keys() == before.keys()
+        assert after[path] == before[path]
 
 
-def test_folder_that_cannot_be_made_is_told(tmp_path, refused):
-    (tmp_path / "file").write_text("")
-    options = run_options(tmp_path, "--run-dir", tmp_path / "file" / "x")
-    assert str(tmp_path / "file") in refused(lambda: fit(options))
-
-
-@pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt])
-def test_replacing_leaves_the_old_file_whole_where_it_fails(tmp_path, error):
+def test_replacing_leaves_the_old_file_whole_where_it_fails(tmp_path):
     path = tmp_path / "new" / "file.txt"
     with utils.replacing(path) as temporary:
         assert temporary.suffix == path.suffix
         temporary.write_text("old")
-    with pytest.raises(error), utils.replacing(path) as temporary:
+    with pytest.raises(KeyboardInterrupt), utils.replacing(path) as temporary:
         temporary.write_text("ne")
-        raise error
+        raise KeyboardInterrupt
     assert contents(tmp_path) == {path: b"old"}
     with utils.replacing(path) as temporary:
         temporary.write_text("new")
@@ -444,64 +348,11 @@ def test_source_of_a_built_file_is_known_until_somebody_changes_it(tmp_path):
     record = {"source": "built", "digits": "MNIST", "sha256": given["sha256"]}
     utils.write_json(utils.sources_path(path), record)
     assert utils.describe_source(path) == {"file": "data.npy"} | record
-    for damaged in (b"{", b"[]", b"\xff"):
-        utils.sources_path(path).write_bytes(damaged)
-        assert utils.describe_source(path) == given
+    utils.sources_path(path).write_bytes(b"{")
+    assert utils.describe_source(path) == given
     utils.write_json(utils.sources_path(path), record)
     path.write_bytes(b"changed")
     assert utils.describe_source(path)["source"] == "a file as given"
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """Options that resume a run of two epochs, its model, its files."""
-    folder = tmp_path_factory.mktemp("finished")
-    model = small_model()
-    fit(run_options(folder, "--epochs", 2), model=model)
-    return run_options(folder, "--epochs", 2, "--resume"), model, contents(folder)
-
-
-def resumed(finished, name, content):
-    """Resume with a changed file; return the line that refuses, or None."""
-    options, model, files = finished
-    for path, whole in files.items():
-        path.write_bytes(content if path.name == name else whole)
-    try:
-        run = fit(options, model=model)
-    except utils.UsageError as error:
-        assert "\n" not in str(error)
-        assert str(options.run_dir) in str(error) or str(options.figures) in str(error)
-        return str(error)
-    assert list(run.history["epoch"]) == [1, 2]
-    return None
-
-
-@settings(max_examples=30, deadline=None, derandomize=True)
-@given(
-    edits=st.lists(
-        st.tuples(st.floats(0, 1), st.integers(0, 9), st.binary(max_size=9)),
-        min_size=1,
-        max_size=3,
-    )
-)
-def test_mutated_checkpoint_is_loaded_or_refused(finished, edits):
-    options, _, files = finished
-    content = bytearray(files[options.run_dir / utils.CHECKPOINT])
-    for place, removed, new in edits:
-        at = int(place * len(content))
-        content[at : at + removed] = new
-    resumed(finished, utils.CHECKPOINT, content)
-
-
-@pytest.mark.parametrize("content", [b"", b"epoch,seconds\n1,soon\n2,soon\n", None])
-def test_history_that_lacks_an_epoch_is_refused(finished, content):
-    options, _, files = finished
-    history = options.figures / "q1_history.csv"
-    if content is None:
-        content = files[history].rpartition(b"2,")[0]
-    error = resumed(finished, history.name, content)
-    assert f"{history}: found" in error
-    assert "expected the history of 2 epochs" in error
 
 
 class _Touch:
@@ -509,18 +360,40 @@ class _Touch:
         return open, ("it_ran", "w")
 
 
-def test_checkpoint_of_something_else_is_refused(finished, tmp_path, monkeypatch):
+def archive_of(*arrays):
+    file = io.BytesIO()
+    np.savez(file, *arrays)
+    return file.getvalue()
+
+
+EXPECTED = {
+    utils.SETTINGS: "settings of a run",
+    "q1_history.csv": "the history of 2 epochs",
+    utils.CHECKPOINT: "a checkpoint of this run",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "damaged"),
+    [
+        (utils.SETTINGS, lambda whole: b"{"),
+        ("q1_history.csv", lambda whole: b""),
+        ("q1_history.csv", lambda whole: whole.splitlines()[0]),
+        (utils.CHECKPOINT, lambda whole: whole[: len(whole) // 2]),
+        (utils.CHECKPOINT, lambda whole: archive_of(np.zeros(3))),
+        (utils.CHECKPOINT, lambda whole: archive_of(*[np.array(_Touch())] * 9)),
+    ],
+)
+def test_damaged_file_of_a_run_is_refused(
+    tmp_path, monkeypatch, refused, name, damaged
+):
     monkeypatch.chdir(tmp_path)
-    options, _, files = finished
-    whole = files[options.run_dir / utils.CHECKPOINT]
-    assert resumed(finished, utils.CHECKPOINT, whole) is None
-    path = tmp_path / "other.npz"
-    others = [b"", b"no archive", whole[: len(whole) // 2], pickle.dumps(_Touch())]
-    for arrays in ([np.zeros(3)], [np.array(_Touch())] * 9):
-        np.savez(path, *arrays)
-        others.append(path.read_bytes())
-    for content in others:
-        assert "expected a checkpoint of this run" in resumed(
-            finished, utils.CHECKPOINT, content
-        )
-    assert list(tmp_path.iterdir()) == [path]
+    fit(run_options(tmp_path, "--epochs", 2))
+    (path,) = tmp_path.rglob(name)
+    path.write_bytes(damaged(path.read_bytes()))
+    before = contents(tmp_path)
+    resumed = run_options(tmp_path, "--epochs", 2, "--resume")
+    error = refused(lambda: fit(resumed))
+    assert f"{path}: found " in error
+    assert f", expected {EXPECTED[name]}" in error
+    assert contents(tmp_path) == before  # nothing in the file ran
