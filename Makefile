@@ -5,15 +5,18 @@ PYTHON ?= python3
 BACKGROUNDS ?=
 PY := .venv/bin/python
 
-.PHONY: all q1 q2 quick data test clean
+.PHONY: all q1 q2 explorer quick data test clean
 
-all: q1 q2
+all: q1 explorer
 
 q1: data
 	$(PY) q1_cnn_autoencoder.py
 
 q2: data
 	$(PY) q2_aae.py
+
+explorer: q2
+	$(PY) -m extras.explorer
 
 quick: data
 	$(PY) q1_cnn_autoencoder.py --quick

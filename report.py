@@ -162,10 +162,9 @@ def q2_match(metrics: Metrics) -> str:
         "fresh_discriminator": ("accuracy of a fresh discriminator", percent),
     }
     dimensions, rows = metrics["signal_dimensions"], []
-    parts = (
-        (f"{dimensions} signal coordinates", "signal_match", "signal"),
-        (*("all coordinates", "prior_match", "all"),),
-    )
+    parts = [(f"{dimensions} signal coordinates", "signal_match", "signal")]
+    if dimensions < metrics["code_dim"]:
+        parts.append(("all coordinates", "prior_match", "all"))
     for where, key, start in parts:
         match, before = metrics[key], metrics["start_match"].get(start)
         if match is None:
@@ -339,7 +338,11 @@ def update(figures: Path = Path("figures"), report: Path = Path("report.md")) ->
         for name, render in blocks.items():
             begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
             pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-            block = f"{begin}\n{render(metrics).strip()}\n{end}"
+            try:
+                block = f"{begin}\n{render(metrics).strip()}\n{end}"
+            except (KeyError, TypeError, AttributeError):
+                print(f"{figures / file} has another layout: run its script anew.")
+                break
             text, count = pattern.subn(lambda _, new=block: new, text)
             if count != 1:
                 print(f"{report} has {count} blocks {name}, where there should be one.")

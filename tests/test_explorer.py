@@ -127,9 +127,9 @@ def test_networks_are_kerass(made, opened):
     means, deviations = metrics.posterior(encoder, images[:5])
     for image, mean, deviation in zip(images, means, deviations, strict=False):
         found = page.evaluate(ENCODE, image.tolist())
-        assert found["mean"] == pytest.approx(mean, abs=0.06)
+        assert found["mean"] == pytest.approx(mean, abs=0.11)
         spread = 2 * np.log(deviation)
-        assert found["log_variance"] == pytest.approx(spread, abs=0.06)
+        assert found["log_variance"] == pytest.approx(spread, abs=0.11)
 
 
 def test_a_stroke_is_centred_encoded_and_restored(made, opened):
