@@ -300,7 +300,7 @@ def fresh_discriminator_accuracy(
         keras.optimizers.Adam(FRESH_LEARNING_RATE),
         keras.losses.BinaryCrossentropy(from_logits=True),
         metrics=[keras.metrics.BinaryAccuracy(threshold=0.0)],
-        jit_compile=True,
+        jit_compile=False,  # compiling takes as long as it saves
     )
     for _ in range(FRESH_EPOCHS):
         codes = means + deviations * rng.standard_normal(means.shape)

@@ -216,7 +216,9 @@ def q2_losses(path: Path, history: History, equilibrium: Mapping[str, float]) ->
 def q2_tsne(path: Path, points: np.ndarray, labels: np.ndarray | None) -> None:
     """Draw the t-SNE map of the training codes, (N, 2), coloured by digit, (N,)."""
     with _figure(path, size=(7, 7)) as (_, axes):
-        axes.set_title(f"t-SNE of the codes of all {len(points):,} training digits")
+        axes.set_title(
+            f"t-SNE of the mean codes of all {len(points):,} training digits"
+        )
         axes.set(xticks=[], yticks=[], aspect="equal")
         axes.spines[:].set_visible(False)
         style = {"s": max(0.6, min(20.0, 20_000 / len(points))), "linewidths": 0}

@@ -177,7 +177,7 @@ class TunedAutoencoder(q2.AdversarialAutoencoder):
 class VariationalAutoencoder(q2.AdversarialAutoencoder):
     """Kingma & Welling 2014 (arXiv:1312.6114), with a Bernoulli likelihood.
 
-    It has the default's encoder and decoder; its discriminator is left alone.
+    It has the default's networks, with a random start; its discriminator is left alone.
     """
 
     BETA = 1.0  # weight of the divergence from the prior (Higgins et al. 2017)
@@ -246,7 +246,7 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "slow-d": ("with (b) at half its rate", {"discriminator_rate": 2.5e-4}),
     "fast-d": ("with (b) at three times its rate", {"discriminator_rate": 1.5e-3}),
     "without-c": ("without stage (c)", {"encoder_rate": 0.0}),
-    "no-start": ("with a random start, so without bounds on the noise", RANDOM),
+    "no-start": ("with a random start and no coordinates for the signal", RANDOM),
     "point": (
         "with a point for q(z|x) and a random start",
         RANDOM | {"gaussian": False},
@@ -313,7 +313,7 @@ class Question(NamedTuple):
 
     script: Any
     rows: Mapping[str, Row]
-    load: Callable
+    load: Callable  # of options: the splits
     measure: Callable
     draw: Callable
     runs: Mapping[str, tuple[str, str]]  # of the script itself: title, metrics file
@@ -321,11 +321,11 @@ class Question(NamedTuple):
 
 QUESTIONS = {
     "q1": Question(
-        *(q1, Q1_ROWS, load_mnist_m, measure_q1, draw_q1),
+        *(q1, Q1_ROWS, lambda o: load_mnist_m(o.data), measure_q1, draw_q1),
         {"default": ("ours", "q1_metrics.json")},
     ),
     "q2": Question(
-        *(q2, Q2_ROWS, load_digits, measure_q2, draw_q2),
+        *(q2, Q2_ROWS, lambda o: load_digits(o.data, o.labels), measure_q2, draw_q2),
         {
             "default": ("the default run", "q2_metrics.json"),
             "control": ("the control", "q2_control_metrics.json"),
@@ -370,7 +370,7 @@ def train_row(
     """
     question = QUESTIONS[question_name]
     base, row = base_options(question, arguments), question.rows[name]
-    splits = utils.prepare_splits(question.load(base.data), base)
+    splits = utils.prepare_splits(question.load(base), base)
     options = row_options(name, row, base)
     print(f"{name}: {row.title}", flush=True)
     with utils.RunFolder(options) as run:

@@ -40,6 +40,7 @@ Q2 = PROVENANCE | {
     "test_reconstruction_loss": 2.5,
     "loss_discriminator": 1.3,
     "loss_encoder": -1e-4,
+    "code_dim": 100,
     "signal_dimensions": 10,
     "signal_noise": [0.1, 0.2],
     "prior_match": MATCH,
@@ -120,8 +121,14 @@ def test_committed_report_says_what_the_committed_metrics_say(tmp_path, capsys):
     text = (HOME / "report.md").read_text(encoding="utf-8")
     path.write_text(text, encoding="utf-8")
     report.update(HOME / "figures", path)
-    assert "should be" not in capsys.readouterr().out
+    assert capsys.readouterr().out == ""
     assert path.read_text(encoding="utf-8") == text
+
+
+def test_metrics_of_another_layout_are_told_and_change_nothing(tmp_path, capsys):
+    text = PROSE.format("old")
+    assert refreshed(tmp_path, text, metrics={"test_mse": 0.5}) == text
+    assert "q1_metrics.json has another layout" in capsys.readouterr().out
 
 
 def test_the_script_refreshes_a_report_if_there_is_one(tmp_path):
