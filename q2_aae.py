@@ -238,11 +238,12 @@ class AdversarialAutoencoder(keras.Model):
         rate_b = recipe.discriminator_rate
         rate_c = utils.falling_rate(recipe.encoder_rate, epochs, steps)
         momentum, epsilon = recipe.momentum, recipe.encoder_epsilon
-        adam = functools.partial(keras.optimizers.Adam, beta_1=momentum)
         adamw = keras.optimizers.AdamW(rate_a, recipe.weight_decay, beta_1=momentum)
+        adam_b = keras.optimizers.Adam(rate_b, beta_1=momentum)
+        adam_c = keras.optimizers.Adam(rate_c, beta_1=momentum, epsilon=epsilon)
         super().compile(adamw, jit_compile=True)  # (a): self.optimizer
-        self.discriminator_optimizer = adam(rate_b)  # (b)
-        self.encoder_optimizer = adam(rate_c, epsilon=epsilon)  # (c)
+        self.discriminator_optimizer = adam_b
+        self.encoder_optimizer = adam_c
         encoder = self.encoder.trainable_variables
         self.optimizer.build(encoder + self.decoder.trainable_variables)
         self.discriminator_optimizer.build(self.discriminator.trainable_variables)
@@ -363,6 +364,11 @@ class Encoded(NamedTuple):
     reconstructions: np.ndarray  # those decoded, (M, 784) in [0, 1]
     samples: np.ndarray  # draws from the prior, decoded, (SAMPLES, 784) in [0, 1]
 
+    @property
+    def signal(self) -> np.ndarray:
+        """The coordinates that carry more signal than noise, bool (D,)."""
+        return metrics.signal_coordinates(*self.test)
+
 
 def encode(
     encoder: keras.Model, decoder: keras.Model, train: Split, test: Split, seed: int
@@ -407,7 +413,7 @@ def evaluate(
     codes, samples = encoded.codes, encoded.samples
     squared = np.square(test.images - encoded.reconstructions, dtype=np.float64)
     means, deviations = encoded.test
-    signal = metrics.signal_coordinates(means, deviations)
+    signal = encoded.signal
     noise = np.median(deviations[:, signal], axis=0)
     match = metrics.match_prior(build_discriminator, encoded.train, codes, signal)
     generated = {
@@ -445,10 +451,9 @@ def match_at_start(
     """
     train, _, test = splits
     start = build_model(options, train.images, model.recipe).encoder
-    signal = metrics.signal_coordinates(*encoded.test)
     posterior = metrics.posterior(start, train.images)
     codes = utils.predict(start, test.images)
-    return metrics.match_prior(build_discriminator, posterior, codes, signal)
+    return metrics.match_prior(build_discriminator, posterior, codes, encoded.signal)
 
 
 def draw(
@@ -493,9 +498,8 @@ def draw(
     title = "A test digit's code moved along the codes' principal axes, decoded"
     grid("principal_axes", rows, title, [str(rank + 1) for rank in range(len(rows))])
 
-    signal = metrics.signal_coordinates(*encoded.test)
-    if signal.any():
-        codes = codes[:, signal]
+    if encoded.signal.any():
+        codes = codes[:, encoded.signal]
         draws = np.random.default_rng(0).standard_normal(codes.shape)
         spectra = {
             "codes": metrics.covariance_eigenvalues(codes),

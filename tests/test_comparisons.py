@@ -113,7 +113,7 @@ def test_a_row_of_question_2_is_trained_and_measured(tiny_data, tmp_path, monkey
         *((metrics, "NULL_DRAWS", 1), (metrics, "FRESH_EPOCHS", 1)),
     ):
         monkeypatch.setattr(module, name, less)
-    given = arguments("q2", tmp_path, tiny_data / "data.npy", "no-skips")
+    given = arguments("q2", tmp_path, tiny_data / "data.npy", "shallow")
     monkeypatch.setattr(sys, "argv", ["comparisons.py", *given])
     utils.run_script(comparisons.main)
     rows = measured("q2", tmp_path)
