@@ -43,6 +43,8 @@ except ImportError:  # Windows
 QUICK_EPOCHS = 5
 QUICK_SIZES = (2_000, 200, 500)  # training, validation and test images
 LEAST_SIZES = (100, 1, 20)
+# Options that say where things lie, and change no number.
+PLACES = {"data", "figures", "run_dir", "shared_dir", "resume", "updates_report"}
 SETTINGS, CHECKPOINT, LOCK = "settings.json", "checkpoint.npz", "lock"
 PACKAGES = ("tensorflow", "keras", "numpy", "scikit-learn", "openTSNE", "matplotlib")
 
@@ -363,8 +365,7 @@ class RunFolder:
 
     def _settle(self) -> None:
         """Write the settings of a new run; compare those of a resumed one."""
-        own = {"name", "data", "figures", "run_dir", "resume", "updates_report"}
-        own |= {"full_epochs", "default_epochs", "shared_dir"}
+        own = PLACES | {"name", "full_epochs", "default_epochs"}
         settings = {k: v for k, v in vars(self.options).items() if k not in own}
         settings["data"] = self.source["sha256"]
         settings = json.loads(json.dumps(settings))  # compared as the file has them

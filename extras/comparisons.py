@@ -350,8 +350,7 @@ def row_options(name: str, row: Row, base: argparse.Namespace) -> argparse.Names
         options.epochs = base.epochs
     if row.short:
         options.epochs = max(1, options.epochs // SHORTER)
-    own = ("figures", "run_dir", "shared_dir", "resume", "data", "updates_report")
-    settings = {k: v for k, v in vars(options).items() if k not in own}
+    settings = {k: v for k, v in vars(options).items() if k not in utils.PLACES}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     digest.update(utils.describe_source(options.data)["sha256"].encode())
     for module in (utils, metrics, q1, q2, sys.modules[__name__]):
