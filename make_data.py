@@ -117,20 +117,25 @@ def build(
         photographs, photographs_source = find_backgrounds(backgrounds)
         print("Laying the digits over the photographs.", flush=True)
         rng = np.random.RandomState(seed)  # its stream is frozen across numpy versions
-        seen, unseen = photographs[hold_out:], photographs[:hold_out] or photographs
-        if not seen:
-            found = f"{len(photographs)} photographs"
-            raise DataError(f"--hold-out: found {found}, expected over {hold_out}")
+        pairs = _blend_parts(parts, photographs, hold_out, rng)
         if hold_out:
             photographs_source += f", {hold_out} of them behind test images alone"
-        pairs = [
-            (blend(images, behind, rng), labels)
-            for (images, labels), behind in zip(
-                parts, (seen, seen, unseen), strict=True
-            )
-        ]
         sources |= {"backgrounds": photographs_source, "seed": str(seed)}
         _save(Path(folder) / "MNIST_M.npy", np.fromiter(pairs, object), sources)
+
+
+def _blend_parts(
+    parts: Sequence[tuple[np.ndarray, np.ndarray]],
+    photographs: list[np.ndarray],
+    hold_out: int,
+    rng: np.random.RandomState,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    seen, unseen = photographs[hold_out:], photographs[:hold_out] or photographs
+    if not seen:
+        found = f"{len(photographs)} photographs"
+        raise DataError(f"--hold-out: found {found}, expected over {hold_out}")
+    behind = zip(parts, (seen, seen, unseen), strict=True)
+    return [(blend(images, some, rng), labels) for (images, labels), some in behind]
 
 
 def build_course(folder: str | os.PathLike = ".", seed: int = DEFAULT_SEED) -> None:

@@ -489,23 +489,22 @@ def draw(
     ends = codes[chosen[:8]].reshape(4, 2, -1)
     rows = [utils.predict(decoder, metrics.great_arc(*pair, steps)) for pair in ends]
     grid("latent_walk", rows, "Walks between codes of test digits, decoded")
-    pca = metrics.fit_pca(encoded.test[0], 5)
-    way = np.linspace(-2.5, 2.5, steps)[:, np.newaxis]
-    rows = []
-    for axis, variance in zip(pca.components_, pca.explained_variance_, strict=True):
-        centre = codes[chosen[0]] + axis * (axis @ (pca.mean_ - codes[chosen[0]]))
-        rows.append(utils.predict(decoder, centre + way * math.sqrt(variance) * axis))
-    title = "A test digit's code moved along the codes' principal axes, decoded"
-    grid("principal_axes", rows, title, [str(rank + 1) for rank in range(len(rows))])
-
-    if encoded.signal.any():
-        codes = codes[:, encoded.signal]
-        draws = np.random.default_rng(0).standard_normal(codes.shape)
-        spectra = {
-            "codes": metrics.covariance_eigenvalues(codes),
-            f"{len(draws):,} prior draws": metrics.covariance_eigenvalues(draws),
-        }
-        plots.q2_prior_match(Path(f"{prefix}_prior_match.png"), codes, spectra)
+    if not encoded.signal.any():
+        return
+    signal, rows = np.flatnonzero(encoded.signal)[:10], []
+    for coordinate in signal:
+        moved = np.repeat(codes[chosen[:1]], steps, axis=0)
+        moved[:, coordinate] = np.linspace(-2.5, 2.5, steps)
+        rows.append(utils.predict(decoder, moved))
+    title = "A test digit's code, one coordinate moved from -2.5 to 2.5, decoded"
+    grid("coordinates", rows, title, [f"z{number + 1}" for number in signal])
+    codes = codes[:, encoded.signal]
+    draws = np.random.default_rng(0).standard_normal(codes.shape)
+    spectra = {
+        "codes": metrics.covariance_eigenvalues(codes),
+        f"{len(draws):,} prior draws": metrics.covariance_eigenvalues(draws),
+    }
+    plots.q2_prior_match(Path(f"{prefix}_prior_match.png"), codes, spectra)
 
 
 # Main ------------------------------------------------------------------------------

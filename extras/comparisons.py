@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -361,10 +361,8 @@ def row_options(name: str, row: Row, base: argparse.Namespace) -> argparse.Names
     return options
 
 
-def train_row(
-    question_name: str, name: str, arguments: Sequence[str]
-) -> tuple[str, dict[str, Any]]:
-    """Train and measure a row, or go on with it; return its name and what it comes to.
+def train_row(question_name: str, name: str, arguments: Sequence[str]) -> None:
+    """Train and measure a row, or go on with it; leave what it comes to in its folder.
 
     A job of its own: all that it needs is in its arguments and in files.
     """
@@ -376,7 +374,7 @@ def train_row(
     with utils.RunFolder(options) as run:
         model = row.build(options, splits[0].images)
         run.fit(model, {}, splits[0].images, splits[1].images, lambda history: None)
-        return name, {
+        found = {
             "title": row.title,
             "long": not row.short,
             "epochs": options.epochs,
@@ -385,6 +383,7 @@ def train_row(
             "training_seconds": sum(epoch["seconds"] for epoch in run.rows),
             **question.measure(model, splits, run),
         }
+        utils.write_json(run.path / FINISHED, found)
 
 
 def own_run(path: Path, title: str, source: Mapping[str, str]) -> dict[str, Any] | None:
@@ -397,27 +396,24 @@ def own_run(path: Path, title: str, source: Mapping[str, str]) -> dict[str, Any]
     return {"title": title, "long": True, "epochs": run["settings"]["epochs"]} | run
 
 
-def jobs_run(
-    jobs: Sequence[Any], workers: int, cluster: str | None
-) -> Iterator[tuple[str, dict]]:
-    """Run jobs on this machine or on a Dask cluster; yield each result as it comes.
+def run_jobs(jobs: Sequence[Any], workers: int, cluster: str | None) -> None:
+    """Run jobs on this machine or on a Dask cluster.
 
     Raises:
         UsageError: the package `distributed` is missing.
     """
-    parallel = partial(joblib.Parallel, return_as="generator_unordered")
     if cluster is None:
         # TensorFlow reads this in each worker: more threads than cores are slow.
         threads = max(1, (os.cpu_count() or 1) // workers)
         os.environ.setdefault("TF_NUM_INTRAOP_THREADS", str(threads))
-        yield from parallel(n_jobs=workers)(jobs)
+        joblib.Parallel(n_jobs=workers)(jobs)
         return
     try:
         from distributed import Client
     except ImportError:
         raise utils.UsageError("--cluster: pip install distributed") from None
     with Client(cluster), joblib.parallel_config("dask"):
-        yield from parallel(n_jobs=-1)(jobs)
+        joblib.Parallel(n_jobs=-1)(jobs)
 
 
 def collect(
@@ -445,10 +441,9 @@ def main() -> None:
     asked, others = parser.parse_known_args()
     question = QUESTIONS[asked.question]
     wanted = asked.rows.split(",") if asked.rows else list(question.rows)
-    for name in wanted:
-        if name not in question.rows:
-            names = ", ".join(question.rows)
-            raise utils.UsageError(f"--rows: found {name}, expected {names}")
+    for name in set(wanted) - question.rows.keys():
+        names = ", ".join(question.rows)
+        raise utils.UsageError(f"--rows: found {name}, expected {names}")
     base = base_options(question, others)
     with utils.RunFolder(base) as run:
         found = collect(question, base, run.source)
@@ -457,9 +452,7 @@ def main() -> None:
             for name in wanted
             if name not in found
         ]
-        for name, row in jobs_run(jobs, asked.workers, asked.cluster):
-            folder = row_options(name, question.rows[name], base).run_dir
-            utils.write_json(folder / FINISHED, row)
+        run_jobs(jobs, asked.workers, asked.cluster)
         found = collect(question, base, run.source)
         question.draw(found, base.figures)
         seconds = sum(row["training_seconds"] for row in found.values())

@@ -29,7 +29,7 @@ FIGURES = {
     "q1": {"loss", "reconstructions", "extremes", "errors"},
     "q2": {
         *("tsne", "losses", "samples", "latent_walk", "reconstructions"),
-        *("prior_match", "principal_axes", "nearest"),
+        *("prior_match", "coordinates", "nearest"),
     },
 }
 KEYS = {
