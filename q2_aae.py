@@ -12,7 +12,7 @@ any draw decodes to a digit. A training step has three stages, each with its own
 (c) the encoder minimises           L_Enc = E_x[log(1 - D(Enc(x)))]
 
 `AdversarialAutoencoder.train_step` holds them, `Recipe` what the assignment leaves
-open. By default Enc(x) is a draw from a normal q(z|x), whose noise is small in ten of
+open. By default Enc(x) is a draw from a normal q(z|x), whose noise is small in eight of
 the 100 coordinates, which carry the image; the others stay near pure noise. (a) has
 weight decay besides. `--control` has none of this.
 """
@@ -61,7 +61,7 @@ class Recipe(NamedTuple):
     """What the assignment leaves open. The report gives a reason for each choice."""
 
     gaussian: bool = True  # q(z|x) is a normal with learned variances, or a point
-    signal_dimensions: int = 10  # may carry the image; 0: all, and a random start
+    signal_dimensions: int = 8  # may carry the image; 0: all, and a random start
     hidden: tuple[int, ...] = (400,) * 6  # of encoder and decoder
     decoder_skips: bool = True
     momentum: float = 0.5  # Adam's beta_1: a long memory makes adversaries circle

@@ -246,7 +246,7 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "slow-d": ("with (b) at half its rate", {"discriminator_rate": 2.5e-4}),
     "fast-d": ("with (b) at three times its rate", {"discriminator_rate": 1.5e-3}),
     "without-c": ("without stage (c)", {"encoder_rate": 0.0}),
-    "no-start": ("with a random start and no coordinates for the signal", RANDOM),
+    "no-start": ("with a random start and no coordinates for the digits", RANDOM),
     "point": (
         "with a point for q(z|x) and a random start",
         RANDOM | {"gaussian": False},
@@ -261,7 +261,7 @@ short_row = partial(recipe_row, short=True)
 Q2_ROWS = {
     "seed-1": recipe_row("the default, seed 1", changes={"seed": 1}),
     "seed-2": recipe_row("the default, seed 2", changes={"seed": 2}),
-    "faster": recipe_row("with (b) at twice its rate", discriminator_rate=1e-3),
+    "ten": recipe_row("with ten coordinates for the digits", signal_dimensions=10),
     "tuned": recipe_row(
         "one Adam, −log D, up to four steps of (b)",
         *(TunedAutoencoder, TUNED),
@@ -274,7 +274,11 @@ Q2_ROWS = {
         for seed, suffix in ((0, ""), (1, "-1"))
         for name, (title, recipe) in CHANGES.items()
     },
-    "code-10": short_row("with a code of 10 dimensions", changes={"code_dim": 10}),
+    "code-10": short_row(
+        "with a code of 10 dimensions, all for the digits",
+        changes={"code_dim": 10},
+        signal_dimensions=10,
+    ),
 }
 
 
