@@ -5,7 +5,7 @@
 An adversarial autoencoder (Makhzani et al. 2015, arXiv:1511.05644) is an autoencoder
 whose codes are pushed towards a prior p(z), here the standard normal in 100 dimensions,
 by a discriminator D that tries to tell codes from draws of the prior. If that works,
-any draw decodes to a digit. A training step has three stages, each with its own Adam:
+draws decode to digits. A training step has three stages, each with its own Adam:
 
 (a) encoder and decoder minimise    L_recons = sum_n ||x_n - xhat_n||
 (b) the discriminator minimises     L_D = -E_z[log D(z)] - E_x[log(1 - D(Enc(x)))]
@@ -13,8 +13,12 @@ any draw decodes to a digit. A training step has three stages, each with its own
 
 `AdversarialAutoencoder.train_step` holds them, `Recipe` what the assignment leaves
 open. By default Enc(x) is a draw from a normal q(z|x), whose noise is small in eight of
-the 100 coordinates, which carry the image; the others stay near pure noise. (a) has
-weight decay besides. `--control` has none of this.
+the 100 coordinates, which carry the image, and near the prior's in the others; the
+encoder starts at principal components; (a) has weight decay. `--control` has none of
+this.
+
+The assignment's figures: `measure` maps the codes of the training data by t-SNE,
+`train_model` draws the three losses, and `draw` explores the latent space.
 """
 
 from __future__ import annotations
@@ -50,9 +54,9 @@ FEW = 10_000  # training images: fewer are augmented, and have a recipe of their
 LEAST_STEPS = 3_000  # of training, where --epochs does not say otherwise
 SAMPLES = 10_000  # draws from the prior whose quality is measured
 DISCRIMINATOR_HIDDEN = (400, 400, 400)
-# Standard deviation of q(z|x): in coordinates that carry the image, at the start and at
-# most; in the others, at least.
-START_NOISE, SIGNAL_NOISE_MAX, OTHER_NOISE_MIN = 0.25, 0.5, 0.98
+# Standard deviations of q(z|x), in coordinates that carry the image and in the others.
+START_NOISE = 0.25  # in the former, before training
+SIGNAL_NOISE_MAX, OTHER_NOISE_MIN = 0.5, 0.98
 # The losses where D = 1/2 everywhere, in nats.
 EQUILIBRIUM = {"discriminator_loss": 2 * math.log(2), "encoder_loss": -math.log(2)}
 
@@ -69,6 +73,9 @@ class Recipe(NamedTuple):
     discriminator_rate: float = 5e-4  # of (b); stays while those of (a) and (c) fall
     encoder_rate: float = 1.5e-3  # of (c), at its peak
     encoder_epsilon: float = 1e-3  # of (c)'s Adam: its steps shrink with the gradient
+    # L_Enc has no lower bound, and no slope to lead codes back once D has seen through
+    # them: a single large step can lose them for good.
+    encoder_clipnorm: float | None = 1.0  # most of (c)'s gradient, over all weights
 
 
 DEFAULT = Recipe()
@@ -82,6 +89,7 @@ CONTROL = Recipe(
     discriminator_rate=2e-4,
     encoder_rate=2e-4,
     encoder_epsilon=1e-7,
+    encoder_clipnorm=None,
 )
 
 # Networks --------------------------------------------------------------------------
@@ -229,7 +237,7 @@ class AdversarialAutoencoder(keras.Model):
         variables = self.encoder.trainable_variables
         self.encoder_optimizer.apply(tape.gradient(loss_enc, variables), variables)
 
-        return self.log(x, x_hat, loss_d, loss_enc)
+        return self.update_means(x, x_hat, loss_d, loss_enc)
 
     def compile(self, learning_rate: float, epochs: int, steps: int) -> None:
         """Give each stage its Adam; `learning_rate` is that of (a), at its highest."""
@@ -237,19 +245,25 @@ class AdversarialAutoencoder(keras.Model):
         rate_a = utils.falling_rate(learning_rate, epochs, steps)
         rate_b = recipe.discriminator_rate
         rate_c = utils.falling_rate(recipe.encoder_rate, epochs, steps)
-        momentum, epsilon = recipe.momentum, recipe.encoder_epsilon
+        momentum = recipe.momentum
         adamw = keras.optimizers.AdamW(rate_a, recipe.weight_decay, beta_1=momentum)
         adam_b = keras.optimizers.Adam(rate_b, beta_1=momentum)
-        adam_c = keras.optimizers.Adam(rate_c, beta_1=momentum, epsilon=epsilon)
+        adam_c = keras.optimizers.Adam(
+            rate_c,
+            beta_1=momentum,
+            epsilon=recipe.encoder_epsilon,
+            global_clipnorm=recipe.encoder_clipnorm,
+        )
         super().compile(adamw, jit_compile=True)  # (a): self.optimizer
         self.discriminator_optimizer = adam_b
         self.encoder_optimizer = adam_c
         encoder = self.encoder.trainable_variables
+        # Now, so that a checkpoint can be loaded into them.
         self.optimizer.build(encoder + self.decoder.trainable_variables)
         self.discriminator_optimizer.build(self.discriminator.trainable_variables)
         self.encoder_optimizer.build(encoder)
 
-    def call(self, x: tf.Tensor, training: bool = False) -> tf.Tensor:
+    def call(self, x: tf.Tensor) -> tf.Tensor:
         """Return the reconstructions, float32 (N, 784), of images in [0, 1]."""
         return self.decoder(self.encoder(x))
 
@@ -265,9 +279,10 @@ class AdversarialAutoencoder(keras.Model):
         z_logits = self.discriminator(self.sample_prior(tf.shape(x)[0]))
         code_logits = self.discriminator(codes)
         loss_d = discriminator_loss(z_logits, code_logits)
-        return self.log(x, self.decoder(codes), loss_d, encoder_loss(code_logits))
+        loss_enc = encoder_loss(code_logits)
+        return self.update_means(x, self.decoder(codes), loss_d, loss_enc)
 
-    def log(
+    def update_means(
         self, x: tf.Tensor, x_hat: tf.Tensor, loss_d: tf.Tensor, loss_enc: tf.Tensor
     ) -> dict[str, tf.Tensor]:
         """Add a batch to the epoch's means (of L_recons: a mean over images)."""
@@ -358,8 +373,8 @@ def augment(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 class Encoded(NamedTuple):
     """What trained networks make of images and of the prior, all float32."""
 
-    train: tuple[np.ndarray, np.ndarray]  # mean and deviation of q(z|x), (N, D) each
-    test: tuple[np.ndarray, np.ndarray]  # the same, (M, D) each
+    train_posterior: tuple[np.ndarray, np.ndarray]  # mean, deviation of q(z|x), (N, D)
+    test_posterior: tuple[np.ndarray, np.ndarray]  # the same, (M, D) each
     codes: np.ndarray  # draws from q(z|x) of the test images, (M, D)
     reconstructions: np.ndarray  # those decoded, (M, 784) in [0, 1]
     samples: np.ndarray  # draws from the prior, decoded, (SAMPLES, 784) in [0, 1]
@@ -367,7 +382,7 @@ class Encoded(NamedTuple):
     @property
     def signal(self) -> np.ndarray:
         """The coordinates that carry more signal than noise, bool (D,)."""
-        return metrics.signal_coordinates(*self.test)
+        return metrics.signal_coordinates(*self.test_posterior)
 
 
 def encode(
@@ -412,17 +427,19 @@ def evaluate(
     train, _, test = splits
     codes, samples = encoded.codes, encoded.samples
     squared = np.square(test.images - encoded.reconstructions, dtype=np.float64)
-    means, deviations = encoded.test
-    signal = encoded.signal
+    (train_means, _), signal = encoded.train_posterior, encoded.signal
+    means, deviations = encoded.test_posterior
     noise = np.median(deviations[:, signal], axis=0)
-    match = metrics.match_prior(build_discriminator, encoded.train, codes, signal)
+    match = metrics.match_prior(
+        build_discriminator, encoded.train_posterior, codes, signal
+    )
     generated = {
         "samples": samples,
         "reconstructions": encoded.reconstructions,
         "pca_samples": metrics.pca_samples(train.images, max(1, len(noise)), SAMPLES),
     }
     quality = metrics.sample_quality(classifier, train, test, generated)
-    sampled, true = quality["samples"], quality["training_images"]
+    sampled, known = quality["samples"], quality["training_images"]
     return {
         "test_images": len(codes),
         "test_mse": float(squared.mean()),
@@ -433,9 +450,9 @@ def evaluate(
         "signal_match": match["signal"],
         "fresh_discriminator_accuracy": match["all"]["fresh_discriminator"],
         "frechet_distance": sampled and sampled["frechet_distance"],
-        "frechet_distance_floor": true and true["frechet_distance"],
+        "frechet_distance_floor": known and known["frechet_distance"],
         "sample_quality": quality,
-        **metrics.dimension_reduction(train, test, encoded.train[0], means, signal),
+        **metrics.dimension_reduction(train, test, train_means, means, signal),
     }
 
 
@@ -558,7 +575,7 @@ def measure(
     prefix = options.figures / options.name
     draw(prefix, model.decoder, encoded, train_split, test, options.seed)
     print("Mapping the codes by t-SNE: some minutes.", flush=True)
-    points, trust = metrics.tsne_map(encoded.train[0], options.seed)
+    points, trust = metrics.tsne_map(encoded.train_posterior[0], options.seed)
     with utils.replacing(run.path / "tsne.npz") as temporary:
         np.savez(temporary, points=points.astype(np.float32))
     plots.q2_tsne(Path(f"{prefix}_tsne.png"), points, train_split.labels)
@@ -583,7 +600,7 @@ def main() -> None:
         run.write_metrics(found)
     if options.updates_report:
         report.update()
-    print(f"Test MSE {found['test_mse']:.4f}. All else is in {options.figures}.")
+    print(f"Test MSE {found['test_mse']:.4f}; figures and metrics: {options.figures}.")
 
 
 if __name__ == "__main__":

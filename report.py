@@ -268,6 +268,36 @@ def number(value: float) -> str:
     return f"{round(value, 3) + 0.0:.3f}"
 
 
+def q2_seeds(metrics: Metrics) -> str:
+    """Return a table of the default's runs, a column a seed, beside the aims.
+
+    A run without labels, or with nothing in its codes, is left out.
+    """
+    names = metrics["rows"].keys() & {"default", "seed-1", "seed-2"}
+    runs = [metrics["rows"][name] for name in sorted(names)]
+    runs = [run for run in runs if run["signal_match"] and run["knn_accuracy"]]
+
+    def lead(run: Metrics) -> str:
+        accuracy = run["knn_accuracy"]
+        return f"{100 * (accuracy['signal'] - accuracy['pca_signal']):+.1f} points"
+
+    measures: tuple[tuple[str, str, Callable[[Metrics], str]], ...] = (
+        ("test MSE", "at most 0.0105", lambda r: f"{r['test_mse']:.4f}"),
+        ("Fréchet", "at most 3.5", lambda r: f"{r['frechet_distance']:.2f}"),
+        ("L_D", "at least 1.30", lambda r: f"{r['loss_discriminator']:.2f}"),
+        (
+            *("fresh D", "at most 60 %"),
+            lambda r: percent(r["signal_match"]["fresh_discriminator"]),
+        ),
+        ("MMD² · 10⁴", "at most 3", lambda r: f"{1e4 * r['signal_match']['mmd']:.1f}"),
+        ("5-NN", "at least 95 %", lambda r: percent(r["knn_accuracy"]["signal"])),
+        ("5-NN above that of PCA", "more than 0", lead),
+    )
+    header = "measure", "aim", *(f"seed {run['seed']}" for run in runs)
+    rows = [(name, aim, *map(shown, runs)) for name, aim, shown in measures]
+    return markdown_table(header, rows)
+
+
 def q2_rows(metrics: Metrics, long: bool) -> str:
     """Return the comparisons' rows that trained as long as the default, or shorter."""
     header = (
@@ -312,6 +342,7 @@ BLOCKS: dict[str, dict[str, Callable[[Metrics], str]]] = {
     "q2_control_metrics.json": {"q2.control": q2},
     "course/q2_metrics.json": {"q2.course": q2},
     "q2_comparisons_metrics.json": {
+        "q2.seeds": q2_seeds,
         "q2.comparisons": lambda metrics: q2_rows(metrics, long=True),
         "q2.ablation": lambda metrics: q2_rows(metrics, long=False),
     },

@@ -143,7 +143,7 @@ class TunedAutoencoder(q2.AdversarialAutoencoder):
             loss = norm + self.WEIGHT * tf.reduce_mean(tf.nn.softplus(-logits))
         variables = self.encoder.trainable_variables + self.decoder.trainable_variables
         self.optimizer.apply(tape.gradient(loss, variables), variables)
-        return self.log(x, x_hat, loss_d, q2.encoder_loss(logits))
+        return self.update_means(x, x_hat, loss_d, q2.encoder_loss(logits))
 
     def train_discriminator(self, codes: tf.Tensor) -> tf.Tensor:
         """Take one step of (b) at first, four at the end; return the last's L_D."""
@@ -189,7 +189,7 @@ class VariationalAutoencoder(q2.AdversarialAutoencoder):
             loss, x_hat = self.minus_bound(x)
         variables = self.encoder.trainable_variables + self.decoder.trainable_variables
         self.optimizer.apply(tape.gradient(loss, variables), variables)
-        return self.log(x, x_hat, 0.0, 0.0)
+        return self.update_means(x, x_hat, 0.0, 0.0)
 
     def minus_bound(self, x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Return what training minimises, in nats, and the reconstructions (N, 784)."""
@@ -232,7 +232,7 @@ def recipe_row(
     short: bool = False,
     **recipe: Any,
 ) -> Row:
-    """Return a row of the default's recipe with something changed."""
+    """Return a row of the recipe for many images with something changed."""
     build = partial(q2_model, recipe=q2.DEFAULT._replace(**recipe), kind=kind)
     return Row(title, build, changes or {}, short)
 
@@ -255,6 +255,7 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "no-decay": ("without weight decay", {"weight_decay": 0.0}),
     "momentum": ("with momentum 0.9", {"momentum": 0.9}),
     "epsilon": ("with Adam's own epsilon in (c)", {"encoder_epsilon": 1e-7}),
+    "no-clip": ("without clipping in (c)", {"encoder_clipnorm": None}),
     "shallow": ("with two hidden layers", {"hidden": (400, 400)}),
 }
 short_row = partial(recipe_row, short=True)
@@ -350,7 +351,7 @@ def base_options(question: Question, arguments: Sequence[str]) -> argparse.Names
 def row_options(name: str, row: Row, base: argparse.Namespace) -> argparse.Namespace:
     """Return a row's options; its folder bears a digest of settings, data and code."""
     options = argparse.Namespace(**vars(base) | {"name": name} | dict(row.changes))
-    if base.epochs != base.full_epochs:  # asked for
+    if not base.default_epochs:
         options.epochs = base.epochs
     if row.short:
         options.epochs = max(1, options.epochs // SHORTER)
@@ -372,8 +373,8 @@ def train_row(question_name: str, name: str, arguments: Sequence[str]) -> None:
     """
     question = QUESTIONS[question_name]
     base, row = base_options(question, arguments), question.rows[name]
-    splits = utils.prepare_splits(question.load(base), base)
     options = row_options(name, row, base)
+    splits = utils.prepare_splits(question.load(base), options)
     print(f"{name}: {row.title}", flush=True)
     with utils.RunFolder(options) as run:
         model = row.build(options, splits[0].images)

@@ -95,8 +95,8 @@ def test_tuned_discriminator_takes_more_steps_as_training_goes_on(monkeypatch):
 
 
 def arguments(question, folder, data, rows, *others):
-    return (
-        *(question, "--rows", rows, "--epochs", "1", "--batch-size", "60"),
+    return (  # a batch of more images than there are becomes one of all
+        *(question, "--rows", rows, "--epochs", "1", "--batch-size", "500"),
         *("--data", str(data), "--figures", str(folder / "figures")),
         *("--run-dir", str(folder / "runs" / question), *others),
     )
