@@ -183,7 +183,7 @@ def torch_q2(compiled: Callable) -> Callable[[], None]:
     decoder = dense(dim, *recipe.hidden, q2.PIXELS)
     judge = dense(dim, *q2.DISCRIMINATOR_HIDDEN, 1)
     losses = [compiled(loss) for loss in torch_q2_losses((encoder, decoder, judge))]
-    coder, both = list(encoder.parameters()), nn.ModuleList([encoder, decoder]).parameters()
+    coder, both = encoder.parameters(), nn.ModuleList([encoder, decoder]).parameters()
     common = {"betas": (recipe.momentum, 0.999), "fused": True}
     decay, epsilon = recipe.weight_decay, recipe.encoder_epsilon
     most = recipe.encoder_clipnorm or float("inf")
@@ -201,7 +201,7 @@ def torch_q2(compiled: Callable) -> Callable[[], None]:
             optimizer.zero_grad()
             loss(x).backward()
             if stage == "c":
-                nn.utils.clip_grad_norm_(coder, most)
+                nn.utils.clip_grad_norm_(encoder.parameters(), most)
             optimizer.step()
 
     return step
