@@ -255,13 +255,13 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "no-decay": ("without weight decay", {"weight_decay": 0.0}),
     "momentum": ("with momentum 0.9", {"momentum": 0.9}),
     "epsilon": ("with Adam's own epsilon in (c)", {"encoder_epsilon": 1e-7}),
-    "no-clip": ("without clipping in (c)", {"encoder_clipnorm": None}),
     "shallow": ("with two hidden layers", {"hidden": (400, 400)}),
 }
 short_row = partial(recipe_row, short=True)
 Q2_ROWS = {
     "seed-1": recipe_row("the default, seed 1", changes={"seed": 1}),
     "seed-2": recipe_row("the default, seed 2", changes={"seed": 2}),
+    "no-clip": recipe_row("without the clip in (c)", encoder_clipnorm=None),
     "ten": recipe_row("with ten coordinates for the digits", signal_dimensions=10),
     "tuned": recipe_row(
         "one Adam, −log D, up to four steps of (b)",
