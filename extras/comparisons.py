@@ -264,8 +264,9 @@ Q2_ROWS = {
     "no-clip": recipe_row("without the clip in (c)", encoder_clipnorm=None),
     "ten": recipe_row("with ten coordinates for the digits", signal_dimensions=10),
     "tuned": recipe_row(
-        "one Adam, −log D, up to four steps of (b)",
+        "one Adam, −log D, up to four steps of (b), ten coordinates",
         *(TunedAutoencoder, TUNED),
+        signal_dimensions=10,
         discriminator_rate=2e-3,
     ),
     "vae": recipe_row("a variational one", VariationalAutoencoder, VAE, **RANDOM),
