@@ -186,7 +186,6 @@ def torch_q2(compiled: Callable) -> Callable[[], None]:
     coder, both = encoder.parameters(), nn.ModuleList([encoder, decoder]).parameters()
     common = {"betas": (recipe.momentum, 0.999), "fused": True}
     decay, epsilon = recipe.weight_decay, recipe.encoder_epsilon
-    norm = recipe.encoder_clipnorm
     optimizers = (
         optim.AdamW(both, q2.LEARNING_RATE, weight_decay=decay, **common),
         optim.Adam(judge.parameters(), recipe.discriminator_rate, **common),
@@ -200,8 +199,6 @@ def torch_q2(compiled: Callable) -> Callable[[], None]:
             judge.requires_grad_(stage == "b")
             optimizer.zero_grad()
             loss(x).backward()
-            if stage == "c":
-                nn.utils.clip_grad_norm_(encoder.parameters(), norm)
             optimizer.step()
 
     return step
