@@ -28,7 +28,7 @@ data: .venv/installed
 test: .venv/installed-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pytest -q -n 2
+	$(PY) -m pytest -q -n 2 --dist worksteal
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
