@@ -286,7 +286,8 @@ def q2_seeds(metrics: Metrics) -> str:
         ("Fréchet", "at most 3.5", lambda r: f"{r['frechet_distance']:.2f}"),
         ("L_D", "at least 1.30", lambda r: f"{r['loss_discriminator']:.2f}"),
         (
-            *("fresh D", "at most 60 %"),
+            "fresh D",
+            "at most 60 %",
             lambda r: percent(r["signal_match"]["fresh_discriminator"]),
         ),
         ("MMD² · 10⁴", "at most 3", lambda r: f"{1e4 * r['signal_match']['mmd']:.1f}"),

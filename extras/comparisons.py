@@ -348,7 +348,9 @@ def base_options(question: Question, arguments: Sequence[str]) -> argparse.Names
     return base
 
 
-def row_options(name: str, row: Row, base: argparse.Namespace) -> argparse.Namespace:
+def row_options(
+    name: str, row: Row, base: argparse.Namespace, source: Mapping[str, str]
+) -> argparse.Namespace:
     """Return a row's options; its folder bears a digest of settings, data and code."""
     options = argparse.Namespace(**vars(base) | {"name": name} | dict(row.changes))
     if not base.default_epochs:
@@ -357,7 +359,7 @@ def row_options(name: str, row: Row, base: argparse.Namespace) -> argparse.Names
         options.epochs = max(1, options.epochs // SHORTER)
     settings = {k: v for k, v in vars(options).items() if k not in utils.PLACES}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    digest.update(utils.describe_source(options.data)["sha256"].encode())
+    digest.update(source["sha256"].encode())
     for module in (utils, metrics, q1, q2, sys.modules[__name__]):
         digest.update(Path(module.__file__).read_bytes())
     options.run_dir = base.run_dir / f"{name}-{digest.hexdigest()[:8]}"
@@ -373,7 +375,7 @@ def train_row(question_name: str, name: str, arguments: Sequence[str]) -> None:
     """
     question = QUESTIONS[question_name]
     base, row = base_options(question, arguments), question.rows[name]
-    options = row_options(name, row, base)
+    options = row_options(name, row, base, utils.describe_source(base.data))
     splits = utils.prepare_splits(question.load(base), options)
     print(f"{name}: {row.title}", flush=True)
     with utils.RunFolder(options) as run:
@@ -430,7 +432,7 @@ def collect(
         if row := own_run(base.figures / file, title, source):
             found[name] = row
     for name, row in question.rows.items():
-        path = row_options(name, row, base).run_dir / FINISHED
+        path = row_options(name, row, base, source).run_dir / FINISHED
         if path.exists():
             found[name] = json.loads(path.read_text(encoding="utf-8"))
     return found
