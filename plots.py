@@ -307,4 +307,4 @@ def q2_frontier(path: Path, points: Mapping[str, tuple[float, float, bool]]) -> 
             (".", INK, "short runs"),
         ):
             axes.plot([], [], marker, color=colour, label=label)
-        axes.legend(loc="upper left")
+        axes.legend(loc="best")

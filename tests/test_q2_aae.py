@@ -193,7 +193,8 @@ def test_each_stage_has_an_adam_of_the_recipe(recipe):
     assert not b.weight_decay
     assert not c.weight_decay
     assert c.epsilon == recipe.encoder_epsilon
-    assert [s.global_clipnorm for s in stages] == [None, None, recipe.encoder_clipnorm]
+    clips = recipe.clipnorm, None, recipe.encoder_clipnorm
+    assert tuple(stage.global_clipnorm for stage in stages) == clips
     # An epoch up, four and a half of nine epochs down, and all of them.
     for done, share in ((100, 1), (550, 0.5), (1000, 0)):
         for stage in stages:
