@@ -251,7 +251,7 @@ def q2_prior_match(
     with _figure(path, 1, 3, (9, 3.2)) as (figure, (marginals, spectrum, lengths)):
         figure.suptitle(
             f"Codes of {count:,} test digits in the {dimensions} signal coordinates: "
-            f"covariance eigenvalues {own[-1]:.2g} .. {own[0]:.2g}",
+            f"covariance eigenvalues {own[-1]:.2f} .. {own[0]:.2f}",
             fontsize=11,
         )
         limit = float(max(4.0, np.quantile(np.abs(codes), 0.999)))

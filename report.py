@@ -145,7 +145,7 @@ def q2_losses(metrics: Metrics) -> str:
     last = "in the last epoch, training (nats)"
     rows = [
         ("test MSE (pixels in 0..1)", f"{metrics['test_mse']:.5f}", ", ".join(linear)),
-        ("mean of the test norms", f"{metrics['test_reconstruction_loss']:.3f}", "0"),
+        ("mean of the test norms", f"{metrics['test_reconstruction_loss']:.3f}", ""),
         (f"L_D {last}", number(metrics["loss_discriminator"]), number(balance)),
         (f"L_Enc {last}", number(metrics["loss_encoder"]), number(-balance / 2)),
     ]
@@ -323,7 +323,8 @@ def q2_rows(metrics: Metrics, long: bool) -> str:
             f"{match['mmd'] * 1e4:.1f}" if match else "",
         )
         rows.append(cells)
-    return f"{markdown_table(header, rows)}\n\n{provenance(metrics)}"
+    table = markdown_table(header, rows)
+    return f"{table}\n\n{provenance(metrics)}" if long else table
 
 
 # Report ------------------------------------------------------------------------------
