@@ -191,14 +191,18 @@ def torch_q2(compiled: Callable) -> Callable[[], None]:
         optim.Adam(judge.parameters(), recipe.discriminator_rate, **common),
         optim.Adam(coder, recipe.encoder_rate, eps=epsilon, **common),
     )
+    clips = recipe.clipnorm, None, recipe.encoder_clipnorm
     images = rand(IMAGES, q2.PIXELS)
 
     def step() -> None:
         x = images[randint(IMAGES, (q2.BATCH_SIZE,))]
-        for stage, loss, optimizer in zip("abc", losses, optimizers, strict=True):
+        stages = zip("abc", losses, optimizers, clips, strict=True)
+        for stage, loss, optimizer, clip in stages:
             judge.requires_grad_(stage == "b")
             optimizer.zero_grad()
             loss(x).backward()
+            if clip is not None:
+                nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], clip)
             optimizer.step()
 
     return step
