@@ -384,7 +384,8 @@ def train_row(question_name: str, name: str, arguments: Sequence[str]) -> None:
     options = row_options(name, row, base, utils.describe_source(base.data))
     splits = utils.prepare_splits(question.load(base), options)
     print(f"{name}: {row.title}", flush=True)
-    with utils.RunFolder(options) as run:
+    # scikit-learn's own jobs stay here: on a cluster they would wait for other rows.
+    with utils.RunFolder(options) as run, joblib.parallel_config("threading"):
         model = row.build(options, splits[0].images)
         run.fit(model, {}, splits[0].images, splits[1].images, lambda history: None)
         found = {
