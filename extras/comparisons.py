@@ -250,7 +250,7 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "without-c": ("without stage (c)", {"encoder_rate": 0.0}),
     "no-start": ("with a random start and no coordinates for the digits", RANDOM),
     "point": (
-        "with a point for q(z|x) and a random start",
+        "with a deterministic encoder and a random start",
         RANDOM | {"gaussian": False},
     ),
     "no-skips": ("without skips", {"decoder_skips": False}),

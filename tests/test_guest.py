@@ -15,6 +15,8 @@ import os, signal, sys
 import matplotlib
 matplotlib.use("svg")
 variables = dict(os.environ)
+# A shell starts what runs in the background with Ctrl-C ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def seen():
     numbers = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
