@@ -241,7 +241,8 @@ RANDOM = {"signal_dimensions": 0}  # a random start
 NO_CLIPS = {"clipnorm": None, "encoder_clipnorm": None}
 TEN = NO_CLIPS | {"signal_dimensions": 10}
 TUNED = {"learning_rate": 1.5e-3, "epochs": 32}
-VAE, PLAIN = {"learning_rate": 1e-3}, RANDOM | NO_CLIPS
+VAE = {"learning_rate": 1e-3}
+VAE_RECIPE = RANDOM | NO_CLIPS
 # One thing changed at a time; what has to change with it is named.
 CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "short": ("the default, shorter", {}),
@@ -274,8 +275,8 @@ Q2_ROWS = {
         discriminator_rate=2e-3,
         **TEN,
     ),
-    "vae": recipe_row("a variational one", VariationalAutoencoder, VAE, **PLAIN),
-    "vae-half": recipe_row("a variational one, β = 1/2", HalfWeight, VAE, **PLAIN),
+    "vae": recipe_row("a variational one", VariationalAutoencoder, VAE, **VAE_RECIPE),
+    "vae-half": recipe_row("a variational one, β = 1/2", HalfWeight, VAE, **VAE_RECIPE),
     **{
         f"{name}{suffix}": short_row(title, changes={"seed": seed}, **recipe)
         for seed, suffix in ((0, ""), (1, "-1"))
