@@ -330,6 +330,7 @@ def match_prior(
     for name, kept in (("all", np.ones_like(signal)), ("signal", signal)):
         if kept.any():
             some, parts = codes[:, kept], [part[:, kept] for part in posterior]
+            keras.utils.set_random_seed(0)
             judge = build_discriminator(some.shape[1])
             accuracy = fresh_discriminator_accuracy(judge, *parts, some)
             match[name] = prior_match(some) | {"fresh_discriminator": accuracy}

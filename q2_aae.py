@@ -11,20 +11,20 @@ draws decode to digits. A training step has three stages, each with its own Adam
 (b) the discriminator minimises     L_D = -E_z[log D(z)] - E_x[log(1 - D(Enc(x)))]
 (c) the encoder minimises           L_Enc = E_x[log(1 - D(Enc(x)))]
 
-`AdversarialAutoencoder.train_step` holds them, `Recipe` what the assignment leaves
-open. By default Enc(x) is a draw from a normal q(z|x), whose noise is small in eight of
-the 100 coordinates, which carry the image, and near the prior's in the others; the
-encoder starts at principal components; (a) has weight decay, and long gradients are
-clipped. `--control` has none of this.
+`AdversarialAutoencoder.train_step` holds them, `Recipe` most of what the assignment
+leaves open. By default Enc(x) is a draw from a normal q(z|x) (the paper's section 2).
+Its noise may be small in ten of the 100 coordinates, which carry the image, and is
+near the prior's in the others; (a) has weight decay, and long gradients are clipped.
+`--control` has a plain, deterministic encoder, and Adam's usual constants.
 
-The assignment's figures: `measure` maps the codes of the training data by t-SNE,
-`train_model` draws the three losses, and `draw` explores the latent space.
+The assignment's figures: `measure` maps the mean codes of the training data by t-SNE,
+`train_model` draws the three losses, and `explore_latent_space` does what it says.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
+import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,44 +46,41 @@ from read_MNIST_M import Split, find_file, load_digits
 DATA = "data.npy"
 PIXELS = 784  # 28 x 28; the assignment's 768 is a slip
 CODE_DIM = 100
-CARRIED = 100  # principal components in the encoder's hidden layers at the start
 EPOCHS = 28
 BATCH_SIZE = 128
 LEARNING_RATE = 1.5e-3  # of (a), at its peak
-FEW = 10_000  # training images: fewer are augmented, and have a recipe of their own
+FEW = 10_000  # training images: fewer are augmented
 LEAST_STEPS = 3_000  # of training, where --epochs does not say otherwise
 SAMPLES = 10_000  # draws from the prior whose quality is measured
 DISCRIMINATOR_HIDDEN = (400, 400, 400)
-# Standard deviations of q(z|x), in coordinates that carry the image and in the others.
-START_NOISE = 0.25  # in the former, before training
-SIGNAL_NOISE_MAX, OTHER_NOISE_MIN = 0.5, 0.98
+# Least and greatest standard deviation of q(z|x).
+SIGNAL_NOISE = 0.0025, 0.5  # in coordinates that carry the image
+OTHER_NOISE = 0.98, 1.02  # in the others
+ANY_NOISE = 0.0025, 8.0  # in all of them, where none are for the image alone
 # The losses where D = 1/2 everywhere, in nats.
 EQUILIBRIUM = {"discriminator_loss": 2 * math.log(2), "encoder_loss": -math.log(2)}
 
 
 class Recipe(NamedTuple):
-    """What the assignment leaves open. The report gives a reason for each choice."""
+    """Most of what the assignment leaves open. The report gives reasons."""
 
     gaussian: bool = True  # q(z|x) is a normal with learned variances, or a point
-    signal_dimensions: int = 8  # may carry the image; 0: all, and a random start
+    signal_dimensions: int = 10  # may carry the image; 0: all
     hidden: tuple[int, ...] = (400,) * 6  # of encoder and decoder
     decoder_skips: bool = True
     momentum: float = 0.5  # Adam's beta_1: a long memory makes adversaries circle
     weight_decay: float = 0.2  # in (a), times the rate (arXiv:1711.05101)
-    discriminator_rate: float = 5e-4  # of (b); stays while those of (a) and (c) fall
+    discriminator_rate: float = 1e-3  # of (b), at its peak
     encoder_rate: float = 1.5e-3  # of (c), at its peak
-    encoder_epsilon: float = 1e-3  # of (c)'s Adam: its steps shrink with the gradient
-    # Longer gradients are clipped, for one long step can lose a code for good.
-    clipnorm: float | None = 1024.0  # of (a), a sum over the batch
-    encoder_clipnorm: float | None = 2.0  # of (c), a mean
+    encoder_epsilon: float = 1e-3  # of (c)'s Adam: small gradients make small steps
+    # The greatest norm of a gradient, for one long step can lose a code for good.
+    clipnorm: float | None = 1024.0  # of (a), whose loss is a sum over the batch
+    encoder_clipnorm: float | None = 2.0  # of (c), whose loss is a mean
 
 
 DEFAULT = Recipe()
-# With few images, a slower discriminator or fewer coordinates went wrong.
-SMALL_DATA = DEFAULT._replace(signal_dimensions=10, discriminator_rate=1e-3)
 CONTROL = Recipe(
     gaussian=False,
-    signal_dimensions=0,
     decoder_skips=False,
     momentum=0.9,
     weight_decay=0.0,
@@ -99,7 +96,7 @@ CONTROL = Recipe(
 
 @keras.saving.register_keras_serializable("aae")
 class Sampling(keras.layers.Layer):
-    """Draws mean + exp(log_variance / 2) * noise, and not in training alone."""
+    """Draws mean + exp(log_variance / 2) * noise, in training and afterwards."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -115,7 +112,10 @@ class Sampling(keras.layers.Layer):
 def perceptron(
     x: keras.KerasTensor, widths: Sequence[int], skips: bool = False
 ) -> keras.KerasTensor:
-    """Apply hidden layers; with skips, each from the second on adds to its input."""
+    """Apply hidden layers; with skips, each from the second on adds to its input.
+
+    Skips take hidden layers of one width.
+    """
     for number, width in enumerate(widths, 1):
         layer = keras.layers.Dense(width, activation="gelu", name=f"hidden_{number}")
         x = x + layer(x) if skips and number > 1 else layer(x)
@@ -125,26 +125,21 @@ def perceptron(
 def build_encoder(code_dim: int = CODE_DIM, recipe: Recipe = DEFAULT) -> keras.Model:
     """Build Enc: images, float32 (N, 784) in [0, 1], to codes, float32 (N, code_dim).
 
-    A Gaussian encoder returns a draw from q(z|x), else a point. Its noise has bounds:
-    the first coordinates are for the image and never drown in it, the others are noise.
+    A Gaussian encoder returns a draw from q(z|x), else a point. Only the first
+    coordinates may have little noise. In the others the noise alone is about as wide as
+    the prior, so the discriminator leaves the means no room.
     """
     image = keras.Input((PIXELS,))
     x = perceptron(image, recipe.hidden)
     mean = keras.layers.Dense(code_dim, name="mean")(x)
     if not recipe.gaussian:
         return keras.Model(image, mean, name="encoder")
-    signal = np.arange(code_dim) < recipe.signal_dimensions
-    least = 2 * math.log(OTHER_NOISE_MIN) if signal.any() else -12.0
-    low = np.where(signal, -12.0, least)
-    high = np.where(signal, 2 * math.log(SIGNAL_NOISE_MAX), 4.0)
-    start = np.where(signal, 2 * math.log(START_NOISE), 0.0)
-    # log-variance = low + (high - low) * sigmoid(Dense(x)); its bias makes it `start`.
-    share = (start - low) / (high - low)
+    signal = np.arange(code_dim)[:, np.newaxis] < recipe.signal_dimensions
+    other = OTHER_NOISE if recipe.signal_dimensions else ANY_NOISE
+    low, high = 2 * np.log(np.where(signal, SIGNAL_NOISE, other)).T  # of log-variance
+    # low + (high - low) * sigmoid(Dense(x)), at first in the middle.
     between = keras.layers.Dense(
-        code_dim,
-        activation="sigmoid",
-        kernel_initializer="zeros",
-        bias_initializer=keras.initializers.Constant(np.log(share / (1 - share))),
+        code_dim, activation="sigmoid", kernel_initializer="zeros"
     )(x)
     log_variance = keras.layers.Rescaling(
         (high - low).tolist(), low.tolist(), name="log_variance"
@@ -208,7 +203,7 @@ class AdversarialAutoencoder(keras.Model):
         self.seed_generator = keras.random.SeedGenerator()
         names = "reconstruction_loss", "discriminator_loss", "encoder_loss", "mse"
         self.means = [keras.metrics.Mean(name) for name in names]
-        self.built = True  # its networks are
+        self.built = True  # for its networks are
 
     def train_step(self, data: tuple[tf.Tensor, tf.Tensor]) -> dict[str, tf.Tensor]:
         """Take the three stages on a batch x, float32 (N, 784) in [0, 1]."""
@@ -244,28 +239,25 @@ class AdversarialAutoencoder(keras.Model):
     def compile(self, learning_rate: float, epochs: int, steps: int) -> None:
         """Give each stage its Adam; `learning_rate` is that of (a), at its highest."""
         recipe = self.recipe
-        rate_a = utils.falling_rate(learning_rate, epochs, steps)
-        rate_b = recipe.discriminator_rate
-        rate_c = utils.falling_rate(recipe.encoder_rate, epochs, steps)
+        rates = learning_rate, recipe.discriminator_rate, recipe.encoder_rate
+        a, b, c = (utils.falling_rate(rate, epochs, steps) for rate in rates)
         momentum = recipe.momentum
         adamw = keras.optimizers.AdamW(
-            rate_a,
+            a,
             recipe.weight_decay,
             beta_1=momentum,
             global_clipnorm=recipe.clipnorm,
         )
-        adam_b = keras.optimizers.Adam(rate_b, beta_1=momentum)
-        adam_c = keras.optimizers.Adam(
-            rate_c,
+        super().compile(adamw, jit_compile=True)  # as self.optimizer
+        self.discriminator_optimizer = keras.optimizers.Adam(b, beta_1=momentum)
+        self.encoder_optimizer = keras.optimizers.Adam(
+            c,
             beta_1=momentum,
             epsilon=recipe.encoder_epsilon,
             global_clipnorm=recipe.encoder_clipnorm,
         )
-        super().compile(adamw, jit_compile=True)  # (a): self.optimizer
-        self.discriminator_optimizer = adam_b
-        self.encoder_optimizer = adam_c
         encoder = self.encoder.trainable_variables
-        # Now, so that a checkpoint can be loaded into them.
+        # Adam's variables are made now, so that a checkpoint can be loaded into them.
         self.optimizer.build(encoder + self.decoder.trainable_variables)
         self.discriminator_optimizer.build(self.discriminator.trainable_variables)
         self.encoder_optimizer.build(encoder)
@@ -292,7 +284,7 @@ class AdversarialAutoencoder(keras.Model):
     def update_means(
         self, x: tf.Tensor, x_hat: tf.Tensor, loss_d: tf.Tensor, loss_enc: tf.Tensor
     ) -> dict[str, tf.Tensor]:
-        """Add a batch to the epoch's means (of L_recons: a mean over images)."""
+        """Add a batch to the epoch's means; L_recons counts as a mean over images."""
         count = tf.cast(tf.shape(x)[0], tf.float32)
         norm = reconstruction_loss(x, x_hat) / count
         mse = tf.reduce_mean(tf.square(x - x_hat))
@@ -306,56 +298,15 @@ class AdversarialAutoencoder(keras.Model):
         return self.means
 
 
-def start_at_principal_components(
-    encoder: keras.Model, images: np.ndarray, dimensions: int
-) -> None:
-    """Set a Gaussian encoder to a linear code that has the prior's mean and covariance.
-
-    The means of the first coordinates are the leading principal components of the
-    images, float32 (N, 784), scaled so that with the noise they have variance 1; the
-    other coordinates are noise alone. So the game against the discriminator starts near
-    a draw with something in the codes. GELU lets a perceptron be linear: gelu(y) -
-    gelu(-y) = y. The hidden layers carry more components than reach the code, so that
-    each starts with the image at hand and not with what random layers left of it.
-    """
-    pca = metrics.fit_pca(images, CARRIED)
-    hidden = [layer for layer in encoder.layers if layer.name.startswith("hidden")]
-    mean = encoder.get_layer("mean")
-    spread = pca.explained_variance_ > 1e-6 * pca.explained_variance_[0]
-    carried = min(int(spread.sum()), *(layer.units // 2 for layer in hidden))
-    both = 2 * carried  # units y and -y: the next layer gets gelu(y) - gelu(-y) = y
-
-    scale = np.sqrt(pca.explained_variance_[:carried])[:, np.newaxis]
-    whiten = (pca.components_[:carried] / scale).T
-    kernel, bias = hidden[0].get_weights()
-    kernel[:, :both] = np.concatenate([whiten, -whiten], axis=1)
-    bias[:both] = -pca.mean_ @ kernel[:, :both]
-    hidden[0].set_weights([kernel, bias])
-    for layer in hidden[1:]:
-        kernel, bias = layer.get_weights()
-        kernel[:, :both] = 0.0
-        kernel[:both, :both] = np.kron([[1, -1], [-1, 1]], np.eye(carried))
-        layer.set_weights([kernel, bias])
-
-    kernel, bias = mean.get_weights()
-    kernel[:] = 0.0
-    count = min(dimensions, carried, mean.units)
-    signal = math.sqrt(1.0 - START_NOISE**2) * np.eye(carried, count)
-    kernel[:both, :count] = np.concatenate([signal, -signal])
-    mean.set_weights([kernel, bias])
-
-
 def build_model(
     options: argparse.Namespace,
     images: np.ndarray,
     recipe: Recipe = DEFAULT,
     kind: type[AdversarialAutoencoder] = AdversarialAutoencoder,
 ) -> AdversarialAutoencoder:
-    """Build, start and compile a model for training images, float32 (N, 784)."""
+    """Build and compile a model for training images, float32 (N, 784)."""
     keras.utils.set_random_seed(options.seed)
     model = kind(options.code_dim, recipe)
-    if recipe.gaussian and recipe.signal_dimensions:
-        start_at_principal_components(model.encoder, images, recipe.signal_dimensions)
     steps = len(images) // options.batch_size
     model.compile(options.learning_rate, options.epochs, steps)
     return model
@@ -414,9 +365,8 @@ def digit_classifier(run: utils.RunFolder, train: Split) -> keras.Model | None:
     """
     if train.labels is None:
         return None
-    digest = run.source["sha256"][:8]
-    name = f"digit_classifier-{digest}-{len(train.labels)}.keras"
-    path = run.options.shared_dir / name
+    digest = hashlib.sha256(train.images.tobytes() + train.labels.tobytes())
+    path = run.options.shared_dir / f"digit_classifier-{digest.hexdigest()[:8]}.keras"
     if not path.exists():
         with utils.replacing(path) as temporary:
             metrics.train_digit_classifier(train).save(temporary)
@@ -429,19 +379,19 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure reconstruction, prior match, samples and neighbourhoods on test images.
 
-    The classifier judges samples; without one what takes labels is None.
+    The classifier judges samples; without one, what needs it is None.
     """
     train, _, test = splits
-    codes, samples = encoded.codes, encoded.samples
+    codes, signal = encoded.codes, encoded.signal
     squared = np.square(test.images - encoded.reconstructions, dtype=np.float64)
-    (train_means, _), signal = encoded.train_posterior, encoded.signal
+    train_means, _ = encoded.train_posterior
     means, deviations = encoded.test_posterior
     noise = np.median(deviations[:, signal], axis=0)
     match = metrics.match_prior(
         build_discriminator, encoded.train_posterior, codes, signal
     )
     generated = {
-        "samples": samples,
+        "samples": encoded.samples,
         "reconstructions": encoded.reconstructions,
         "pca_samples": metrics.pca_samples(train.images, max(1, len(noise)), SAMPLES),
     }
@@ -464,8 +414,8 @@ def evaluate(
 
 
 def match_at_start(
-    model: AdversarialAutoencoder,
     options: argparse.Namespace,
+    recipe: Recipe,
     encoded: Encoded,
     splits: Sequence[Split],
 ) -> dict[str, Any]:
@@ -474,61 +424,69 @@ def match_at_start(
     A measure that it passes as well says nothing of training.
     """
     train, _, test = splits
-    start = build_model(options, train.images, model.recipe).encoder
+    keras.utils.set_random_seed(options.seed)  # so its weights are those of the start
+    start = build_encoder(options.code_dim, recipe)
     posterior = metrics.posterior(start, train.images)
     codes = utils.predict(start, test.images)
     return metrics.match_prior(build_discriminator, posterior, codes, encoded.signal)
 
 
-def draw(
-    prefix: Path,
-    decoder: keras.Model,
-    encoded: Encoded,
-    train: Split,
-    test: Split,
-    seed: int,
+def draw_grid(
+    path: Path, rows: Sequence[np.ndarray], title: str, labels: Sequence[str] = ()
 ) -> None:
-    """Draw reconstructions, samples, walks in the latent space, and the prior match."""
+    """Draw rows of images, (columns, 784) each, as 28x28."""
+    plots.image_grid(path, np.concatenate(rows), title, labels, columns=len(rows[0]))
 
-    def grid(
-        name: str, rows: Sequence[np.ndarray], title: str, labels: Sequence[str] = ()
-    ) -> None:
-        path, images = Path(f"{prefix}_{name}.png"), np.concatenate(rows)
-        plots.image_grid(path, images, title, labels, columns=len(rows[0]))
 
-    chosen = np.random.default_rng(seed).permutation(len(test.images))[:20]
+def draw_reconstructions(
+    prefix: str, encoded: Encoded, train: Split, test: Split, chosen: np.ndarray
+) -> None:
+    """Draw chosen test images restored, and samples above nearest training images."""
     both = test.images, encoded.reconstructions
     rows = [images[half] for half in np.split(chosen, 2) for images in both]
     title = "Random test digits and their reconstructions"
-    grid("reconstructions", rows, title, ("input", "output") * 2)
+    path = Path(f"{prefix}_reconstructions.png")
+    draw_grid(path, rows, title, ("input", "output") * 2)
 
-    samples = encoded.samples
-    grid("samples", np.split(samples[:100], 5), "Codes drawn from the prior, decoded")
-    nearest, _ = metrics.nearest(train.images, samples[:10])
+    samples = encoded.samples[:10]
+    rows = [samples, train.images[metrics.nearest(train.images, samples)[0]]]
     title = "Decoded draws from the prior above the training images nearest to them"
-    rows = [samples[:10], train.images[nearest]]
-    grid("nearest", rows, title, ("sample", "nearest"))
+    draw_grid(Path(f"{prefix}_nearest.png"), rows, title, ("sample", "nearest"))
 
-    codes, steps = encoded.codes, 12
-    ends = codes[chosen[:8]].reshape(4, 2, -1)
-    rows = [utils.predict(decoder, metrics.great_arc(*pair, steps)) for pair in ends]
-    grid("latent_walk", rows, "Walks between codes of test digits, decoded")
-    if not encoded.signal.any():
-        return
+
+def explore_latent_space(
+    prefix: str, decoder: keras.Model, encoded: Encoded, chosen: np.ndarray
+) -> None:
+    """Decode draws from the prior, walks between codes, and codes moved on an axis."""
+    rows = np.split(encoded.samples[:100], 5)
+    path, title = Path(f"{prefix}_samples.png"), "Codes drawn from the prior, decoded"
+    draw_grid(path, rows, title)
+
+    codes, steps = encoded.codes[chosen], 12
+    walks = [metrics.great_arc(*ends, steps) for ends in codes[:8].reshape(4, 2, -1)]
+    rows = [utils.predict(decoder, walk) for walk in walks]
+    title = "Walks between codes of test digits, decoded"
+    draw_grid(Path(f"{prefix}_latent_walk.png"), rows, title)
+
     signal, rows = np.flatnonzero(encoded.signal)[:10], []
     for coordinate in signal:
-        moved = np.repeat(codes[chosen[:1]], steps, axis=0)
+        moved = np.repeat(codes[:1], steps, axis=0)
         moved[:, coordinate] = np.linspace(-2.5, 2.5, steps)
         rows.append(utils.predict(decoder, moved))
-    title = "A test digit's code, one coordinate moved from -2.5 to 2.5, decoded"
-    grid("coordinates", rows, title, [f"z{number + 1}" for number in signal])
-    codes = codes[:, encoded.signal]
-    draws = np.random.default_rng(0).standard_normal(codes.shape)
-    spectra = {
-        "codes": metrics.covariance_eigenvalues(codes),
-        f"{len(draws):,} prior draws": metrics.covariance_eigenvalues(draws),
-    }
-    plots.q2_prior_match(Path(f"{prefix}_prior_match.png"), codes, spectra)
+    if rows:
+        title = "A test digit's code, one coordinate moved from -2.5 to 2.5, decoded"
+        labels = [f"z{number + 1}" for number in signal]
+        draw_grid(Path(f"{prefix}_coordinates.png"), rows, title, labels)
+
+
+def draw_prior_match(path: Path, encoded: Encoded) -> None:
+    """Draw codes beside draws from the prior, over the coordinates with signal."""
+    if encoded.signal.any():
+        codes = encoded.codes[:, encoded.signal]
+        draws = np.random.default_rng(0).standard_normal(codes.shape)
+        pair = {"codes": codes, f"{len(draws):,} prior draws": draws}
+        spectra = {k: metrics.covariance_eigenvalues(v) for k, v in pair.items()}
+        plots.q2_prior_match(path, codes, spectra)
 
 
 # Main ------------------------------------------------------------------------------
@@ -557,15 +515,18 @@ def train_model(
 ) -> AdversarialAutoencoder:
     """Build and train a model; draw its losses."""
     options = run.options
-    few = len(train.images) < FEW
-    recipe = CONTROL if options.control else SMALL_DATA if few else DEFAULT
+    recipe = CONTROL if options.control else DEFAULT
     model = build_model(options, train.images, recipe)
     path = options.figures / f"{options.name}_losses.png"
-    draw_losses = functools.partial(plots.q2_losses, path, equilibrium=EQUILIBRIUM)
-    networks = {"encoder": model.encoder, "decoder": model.decoder}
-    networks["discriminator"] = model.discriminator
-    change = augment if few else None
-    run.fit(model, networks, train.images, valid.images, draw_losses, change)
+    networks = model.encoder, model.decoder, model.discriminator
+    run.fit(
+        model,
+        {network.name: network for network in networks},
+        train.images,
+        valid.images,
+        lambda history: plots.q2_losses(path, history, EQUILIBRIUM),
+        augment if len(train.images) < FEW else None,
+    )
     return model
 
 
@@ -573,24 +534,31 @@ def measure(
     run: utils.RunFolder, model: AdversarialAutoencoder, splits: Sequence[Split]
 ) -> dict[str, Any]:
     """Measure a trained model and draw what it makes; return the metrics."""
-    options, (train_split, _, test) = run.options, splits
+    options, (train, _, test) = run.options, splits
     print("Measuring: some minutes.", flush=True)
-    encoded = encode(model.encoder, model.decoder, train_split, test, options.seed)
-    found = evaluate(encoded, digit_classifier(run, train_split), splits)
-    found["start_match"] = match_at_start(model, options, encoded, splits)
+    encoded = encode(model.encoder, model.decoder, train, test, options.seed)
+    found = evaluate(encoded, digit_classifier(run, train), splits)
+    found["start_match"] = match_at_start(options, model.recipe, encoded, splits)
     run.lap("metrics")
-    prefix = options.figures / options.name
-    draw(prefix, model.decoder, encoded, train_split, test, options.seed)
+    prefix = str(options.figures / options.name)
+    chosen = np.random.default_rng(options.seed).permutation(len(test.images))[:20]
+    draw_reconstructions(prefix, encoded, train, test, chosen)
+    explore_latent_space(prefix, model.decoder, encoded, chosen)
+    draw_prior_match(Path(f"{prefix}_prior_match.png"), encoded)
     print("Mapping the codes by t-SNE: some minutes.", flush=True)
     points, trust = metrics.tsne_map(encoded.train_posterior[0], options.seed)
-    with utils.replacing(run.path / "tsne.npz") as temporary:
+    plots.q2_tsne(Path(f"{prefix}_tsne.png"), points, train.labels)
+    with utils.replacing(run.path / "tsne.npz") as temporary:  # for extras/explorer.py
         np.savez(temporary, points=points.astype(np.float32))
-    plots.q2_tsne(Path(f"{prefix}_tsne.png"), points, train_split.labels)
     run.lap("figures")
-    for name in ("discriminator", "encoder"):
-        found[f"loss_{name}"] = float(run.history[f"{name}_loss"][-1])
-    found |= {"code_dim": options.code_dim, "tsne_trustworthiness": trust}
-    return found | {"recipe": model.recipe._asdict()}
+    return {
+        **found,
+        "loss_discriminator": float(run.history["discriminator_loss"][-1]),
+        "loss_encoder": float(run.history["encoder_loss"][-1]),
+        "code_dim": options.code_dim,
+        "tsne_trustworthiness": trust,
+        "recipe": model.recipe._asdict(),
+    }
 
 
 def main() -> None:

@@ -25,13 +25,14 @@ ENCODE = "(image) => explorer.encode(image)"
 IMAGES = "(id) => document.getElementById(id).images.map((image) => [...image])"
 
 
-def save_run(folder, images, **changes):
+def save_run(folder, **changes):
     keras.utils.set_random_seed(0)
     recipe = q2.DEFAULT._replace(hidden=(48, 48, 48), signal_dimensions=4, **changes)
     encoder, decoder = q2.build_encoder(DIM, recipe), q2.build_decoder(DIM, recipe)
-    q2.start_at_principal_components(encoder, images, 4)
-    kernel = decoder.layers[-1].kernel
-    kernel.assign(8 * kernel)  # else all is grey
+    # Untrained, codes are all noise, and images all grey.
+    means, pixels = encoder.get_layer("mean").kernel, decoder.layers[-1].kernel
+    means.assign(means * np.where(np.arange(DIM) < 4, 20, 1))
+    pixels.assign(8 * pixels)
     folder.mkdir()
     for network in (encoder, decoder):
         network.save(folder / f"{network.name}.keras")
@@ -48,8 +49,8 @@ def made(tiny_data, tmp_path_factory):
     """A folder with two untrained runs and their page."""
     folder = tmp_path_factory.mktemp("explorer")
     images = utils.unit_floats(load_digits(tiny_data / "data.npy")[0].images)
-    save_run(folder / "q2", images)
-    save_run(folder / "q2_control", images, gaussian=False, decoder_skips=False)
+    save_run(folder / "q2")
+    save_run(folder / "q2_control", gaussian=False, decoder_skips=False)
     points = RNG.normal(0, 9, (len(images), 2)).astype(np.float32)
     np.savez(folder / "q2" / "tsne.npz", points=points)
     arguments = ["--run-dir", folder / "q2", "--control-dir", folder / "q2_control"]

@@ -225,6 +225,8 @@ def test_match_is_over_all_coordinates_and_over_those_with_signal(monkeypatch):
     found = metrics.match_prior(judge, noise, draws, np.zeros(5, bool))
     assert found["signal"] is None
     assert 0.45 < found["all"]["fresh_discriminator"] < 0.55
+    # Whatever ran before, a loaded classifier or one that is trained.
+    assert metrics.match_prior(judge, noise, draws, np.zeros(5, bool)) == found
 
 
 def test_frechet_distance_of_normals_in_closed_form():
