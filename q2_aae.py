@@ -432,41 +432,45 @@ def match_at_start(
 
 
 def draw_grid(
-    path: Path, rows: Sequence[np.ndarray], title: str, labels: Sequence[str] = ()
+    prefix: Path,
+    name: str,
+    rows: Sequence[np.ndarray],
+    title: str,
+    labels: Sequence[str] = (),
 ) -> None:
-    """Draw rows of images, (columns, 784) each, as 28x28."""
-    plots.image_grid(path, np.concatenate(rows), title, labels, columns=len(rows[0]))
+    """Draw rows of images, (columns, 784) each, as 28x28 in PREFIX_NAME.png."""
+    path, images = Path(f"{prefix}_{name}.png"), np.concatenate(rows)
+    plots.image_grid(path, images, title, labels, columns=len(rows[0]))
 
 
 def draw_reconstructions(
-    prefix: str, encoded: Encoded, train: Split, test: Split, chosen: np.ndarray
+    prefix: Path, encoded: Encoded, train: Split, test: Split, chosen: np.ndarray
 ) -> None:
     """Draw chosen test images restored, and samples above nearest training images."""
     both = test.images, encoded.reconstructions
     rows = [images[half] for half in np.split(chosen, 2) for images in both]
     title = "Random test digits and their reconstructions"
-    path = Path(f"{prefix}_reconstructions.png")
-    draw_grid(path, rows, title, ("input", "output") * 2)
+    draw_grid(prefix, "reconstructions", rows, title, ("input", "output") * 2)
 
     samples = encoded.samples[:10]
     rows = [samples, train.images[metrics.nearest(train.images, samples)[0]]]
     title = "Decoded draws from the prior above the training images nearest to them"
-    draw_grid(Path(f"{prefix}_nearest.png"), rows, title, ("sample", "nearest"))
+    draw_grid(prefix, "nearest", rows, title, ("sample", "nearest"))
 
 
 def explore_latent_space(
-    prefix: str, decoder: keras.Model, encoded: Encoded, chosen: np.ndarray
+    prefix: Path, decoder: keras.Model, encoded: Encoded, chosen: np.ndarray
 ) -> None:
     """Decode draws from the prior, walks between codes, and codes moved on an axis."""
     rows = np.split(encoded.samples[:100], 5)
-    path, title = Path(f"{prefix}_samples.png"), "Codes drawn from the prior, decoded"
-    draw_grid(path, rows, title)
+    draw_grid(prefix, "samples", rows, "Codes drawn from the prior, decoded")
 
     codes, steps = encoded.codes[chosen], 12
     walks = [metrics.great_arc(*ends, steps) for ends in codes[:8].reshape(4, 2, -1)]
     rows = [utils.predict(decoder, walk) for walk in walks]
-    title = "Walks between codes of test digits, decoded"
-    draw_grid(Path(f"{prefix}_latent_walk.png"), rows, title)
+    draw_grid(
+        prefix, "latent_walk", rows, "Walks between codes of test digits, decoded"
+    )
 
     signal, rows = np.flatnonzero(encoded.signal)[:10], []
     for coordinate in signal:
@@ -476,7 +480,7 @@ def explore_latent_space(
     if rows:
         title = "A test digit's code, one coordinate moved from -2.5 to 2.5, decoded"
         labels = [f"z{number + 1}" for number in signal]
-        draw_grid(Path(f"{prefix}_coordinates.png"), rows, title, labels)
+        draw_grid(prefix, "coordinates", rows, title, labels)
 
 
 def draw_prior_match(path: Path, encoded: Encoded) -> None:
@@ -540,7 +544,7 @@ def measure(
     found = evaluate(encoded, digit_classifier(run, train), splits)
     found["start_match"] = match_at_start(options, model.recipe, encoded, splits)
     run.lap("metrics")
-    prefix = str(options.figures / options.name)
+    prefix = options.figures / options.name
     chosen = np.random.default_rng(options.seed).permutation(len(test.images))[:20]
     draw_reconstructions(prefix, encoded, train, test, chosen)
     explore_latent_space(prefix, model.decoder, encoded, chosen)
