@@ -64,33 +64,26 @@ def _figure(
 
 
 def image_grid(
-    path: Path,
-    images: np.ndarray,
-    title: str,
-    row_labels: Sequence[str] = (),
-    columns: int = 10,
+    path: Path, rows: Sequence[np.ndarray], title: str, labels: Sequence[str] = ()
 ) -> None:
-    """Draw images in rows under a title, each row with a label or none with any.
+    """Draw rows of images under a title, each row with a label or none with any.
 
-    The images are float in [0, 1], (N, 784), (N, 28, 28) or (N, 28, 28, 3).
+    The rows are float in [0, 1], (columns, 784) each or (columns, 28, 28, 3).
     """
-    if images.ndim == 2:
-        images = images.reshape(-1, 28, 28)
-    rows = -(-len(images) // columns)
-    gutter = 0.2 + 0.11 * max(map(len, row_labels), default=0)
-    size = (8, 0.4 + (8 - gutter) * rows / columns)
+    height, columns = len(rows), len(rows[0])
+    gutter = 0.2 + 0.11 * max(map(len, labels), default=0)
+    size = (8, 0.4 + (8 - gutter) * height / columns)
     # One picture: axes for each image would take seven times as long.
-    height, width = images.shape[1] + GAP, images.shape[2] + GAP
-    mosaic = np.ones((rows * height, columns * width, *images.shape[3:]))
-    for index, image in enumerate(images):
-        top, left = index // columns * height, index % columns * width
-        mosaic[top : top + height - GAP, left : left + width - GAP] = image
+    images = np.reshape(rows, (height, columns, 28, 28, -1))
+    below_and_beside = (0, 0), (0, 0), (0, GAP), (0, GAP), (0, 0)
+    images = np.pad(images, below_and_beside, constant_values=1.0).swapaxes(1, 2)
+    mosaic = images.reshape(height * (28 + GAP), columns * (28 + GAP), -1)
     with _figure(path, size=size) as (figure, axes):
         figure.suptitle(title, fontsize=11)
         axes.set_axis_off()
         axes.imshow(mosaic[:-GAP, :-GAP], cmap="gray", vmin=0, vmax=1)
-        for row, label in enumerate(row_labels):
-            middle = row * height + (height - GAP) / 2
+        for row, label in enumerate(labels):
+            middle = row * (28 + GAP) + 14
             axes.text(-2 * GAP, middle, label, ha="right", va="center")
 
 

@@ -159,10 +159,9 @@ def draw(
     """
 
     def grid(name: str, chosen: np.ndarray, title: str) -> None:
-        images = np.concatenate([test[chosen], reconstructions[chosen]])
-        labels = "input", "output"
+        rows = test[chosen], reconstructions[chosen]
         path = figures / f"q1_{name}.png"
-        plots.image_grid(path, images, title, labels, columns=len(chosen))
+        plots.image_grid(path, rows, title, ("input", "output"))
 
     chosen = np.random.default_rng(seed).permutation(len(test))[:SHOWN]
     title = f"{len(chosen)} random test images above their reconstructions"

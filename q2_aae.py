@@ -413,64 +413,35 @@ def evaluate(
     }
 
 
-def match_at_start(
-    options: argparse.Namespace,
-    recipe: Recipe,
-    encoded: Encoded,
-    splits: Sequence[Split],
-) -> dict[str, Any]:
-    """Measure the untrained encoder's prior match over the trained one's coordinates.
-
-    A measure that it passes as well says nothing of training.
-    """
-    train, _, test = splits
-    keras.utils.set_random_seed(options.seed)  # so its weights are those of the start
-    start = build_encoder(options.code_dim, recipe)
-    posterior = metrics.posterior(start, train.images)
-    codes = utils.predict(start, test.images)
-    return metrics.match_prior(build_discriminator, posterior, codes, encoded.signal)
-
-
-def draw_grid(
-    prefix: Path,
-    name: str,
-    rows: Sequence[np.ndarray],
-    title: str,
-    labels: Sequence[str] = (),
-) -> None:
-    """Draw rows of images, (columns, 784) each, as 28x28 in PREFIX_NAME.png."""
-    path, images = Path(f"{prefix}_{name}.png"), np.concatenate(rows)
-    plots.image_grid(path, images, title, labels, columns=len(rows[0]))
-
-
 def draw_reconstructions(
-    prefix: Path, encoded: Encoded, train: Split, test: Split, chosen: np.ndarray
+    prefix: str, encoded: Encoded, train: Split, test: Split, chosen: np.ndarray
 ) -> None:
     """Draw chosen test images restored, and samples above nearest training images."""
     both = test.images, encoded.reconstructions
     rows = [images[half] for half in np.split(chosen, 2) for images in both]
+    path = Path(f"{prefix}_reconstructions.png")
     title = "Random test digits and their reconstructions"
-    draw_grid(prefix, "reconstructions", rows, title, ("input", "output") * 2)
+    plots.image_grid(path, rows, title, ("input", "output") * 2)
 
     samples = encoded.samples[:10]
     rows = [samples, train.images[metrics.nearest(train.images, samples)[0]]]
+    path = Path(f"{prefix}_nearest.png")
     title = "Decoded draws from the prior above the training images nearest to them"
-    draw_grid(prefix, "nearest", rows, title, ("sample", "nearest"))
+    plots.image_grid(path, rows, title, ("sample", "nearest"))
 
 
 def explore_latent_space(
-    prefix: Path, decoder: keras.Model, encoded: Encoded, chosen: np.ndarray
+    prefix: str, decoder: keras.Model, encoded: Encoded, chosen: np.ndarray
 ) -> None:
     """Decode draws from the prior, walks between codes, and codes moved on an axis."""
-    rows = np.split(encoded.samples[:100], 5)
-    draw_grid(prefix, "samples", rows, "Codes drawn from the prior, decoded")
+    rows, path = np.split(encoded.samples[:100], 5), Path(f"{prefix}_samples.png")
+    plots.image_grid(path, rows, "Codes drawn from the prior, decoded")
 
     codes, steps = encoded.codes[chosen], 12
     walks = [metrics.great_arc(*ends, steps) for ends in codes[:8].reshape(4, 2, -1)]
     rows = [utils.predict(decoder, walk) for walk in walks]
-    draw_grid(
-        prefix, "latent_walk", rows, "Walks between codes of test digits, decoded"
-    )
+    path = Path(f"{prefix}_latent_walk.png")
+    plots.image_grid(path, rows, "Walks between codes of test digits, decoded")
 
     signal, rows = np.flatnonzero(encoded.signal)[:10], []
     for coordinate in signal:
@@ -480,7 +451,7 @@ def explore_latent_space(
     if rows:
         title = "A test digit's code, one coordinate moved from -2.5 to 2.5, decoded"
         labels = [f"z{number + 1}" for number in signal]
-        draw_grid(prefix, "coordinates", rows, title, labels)
+        plots.image_grid(Path(f"{prefix}_coordinates.png"), rows, title, labels)
 
 
 def draw_prior_match(path: Path, encoded: Encoded) -> None:
@@ -542,9 +513,16 @@ def measure(
     print("Measuring: some minutes.", flush=True)
     encoded = encode(model.encoder, model.decoder, train, test, options.seed)
     found = evaluate(encoded, digit_classifier(run, train), splits)
-    found["start_match"] = match_at_start(options, model.recipe, encoded, splits)
+    # A measure that the untrained encoder passes as well says nothing of training.
+    keras.utils.set_random_seed(options.seed)  # so its weights are those of the start
+    start = build_encoder(options.code_dim, model.recipe)
+    posterior = metrics.posterior(start, train.images)
+    codes = utils.predict(start, test.images)
+    found["start_match"] = metrics.match_prior(
+        build_discriminator, posterior, codes, encoded.signal
+    )
     run.lap("metrics")
-    prefix = options.figures / options.name
+    prefix = f"{options.figures / options.name}"
     chosen = np.random.default_rng(options.seed).permutation(len(test.images))[:20]
     draw_reconstructions(prefix, encoded, train, test, chosen)
     explore_latent_space(prefix, model.decoder, encoded, chosen)
