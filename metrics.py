@@ -6,7 +6,6 @@ Images are float32 in [0, 1], (N, 784) or (N, 28, 28, 3); codes are float32 (N, 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +13,6 @@ import keras
 import numpy as np
 import scipy.linalg
 import scipy.special
-import scipy.stats
 from openTSNE import TSNE
 from scipy.spatial import geometric_slerp
 from sklearn.decomposition import PCA
@@ -34,11 +32,6 @@ FRESH_EPOCHS = 8  # of the discriminator that judges finished codes
 FRESH_LEARNING_RATE = 3e-4
 
 # Reconstruction ----------------------------------------------------------------------
-
-
-def psnr_db(mse: float) -> float:
-    """Return the peak signal-to-noise ratio in dB of a mean squared error on [0, 1]."""
-    return -10.0 * math.log10(max(mse, np.finfo(np.float64).tiny))
 
 
 def mean_image_mse(train_images: np.ndarray, images: np.ndarray) -> float:
@@ -108,36 +101,23 @@ def dimension_reduction(
         neighbourhoods against the images (Venna & Kaski 2001), in [0, 1], on `TRUSTED`
         test images; `knn_accuracy`, None without labels.
     """
-    spaces = {"pixels": (train.images, test.images), "code": (train_means, test_means)}
+    spaces = {"code": (train_means, test_means)}
     if signal.any():
         spaces["signal"] = train_means[:, signal], test_means[:, signal]
     errors = {}
-    for name in ("code", "signal")[: len(spaces) - 1]:
+    for name in list(spaces):
         pca = fit_pca(train.images, spaces[name][0].shape[1])
         errors[str(pca.n_components_)] = pca_reconstruction_mse(pca, test.images)
         spaces[f"pca_{name}"] = [pca.transform(s.images) for s in (train, test)]
-    images = test.images[:TRUSTED]
     trust = {
-        name: float(trustworthiness(images, codes[: len(images)]))
+        name: float(trustworthiness(test.images[:TRUSTED], codes[:TRUSTED]))
         for name, (_, codes) in spaces.items()
-        if name != "pixels"
     }
     accuracy = None
     if train.labels is not None:
+        spaces["pixels"] = train.images, test.images
         accuracy = knn_accuracy(spaces, train.labels, test.labels)
     return {"pca_test_mse": errors, "trustworthiness": trust, "knn_accuracy": accuracy}
-
-
-def nearest(
-    train_images: np.ndarray, images: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return index and Euclidean distance of the training image nearest to each image.
-
-    Images are float32, (N, D) and (M, D); what is returned is (M,).
-    """
-    search = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(train_images)
-    distances, indices = search.kneighbors(images)
-    return indices[:, 0], distances[:, 0]
 
 
 def tsne_map(codes: np.ndarray, seed: int) -> tuple[np.ndarray, float]:
@@ -222,7 +202,7 @@ def _against_prior(codes: np.ndarray, rng: np.random.Generator) -> dict[str, flo
     # At random: the first half of MNIST's test images is the neater one.
     chosen = codes[rng.permutation(len(codes))[:MMD_SIZE]]
     std, eigenvalues = codes.std(axis=0), covariance_eigenvalues(codes)
-    share = scipy.stats.norm.cdf(np.sort(codes, axis=0))  # under the prior
+    share = scipy.special.ndtr(np.sort(codes, axis=0))  # under the prior
     ranks = np.arange(len(codes))[:, np.newaxis] / len(codes)
     above, below = share - ranks, ranks + 1 / len(codes) - share
     return {
@@ -340,14 +320,14 @@ def match_prior(
 # Samples -----------------------------------------------------------------------------
 
 
-def train_digit_classifier(train: Split, seed: int = 0) -> keras.Model:
+def train_digit_classifier(train: Split) -> keras.Model:
     """Train the digit classifier in whose features generated images are measured.
 
     No autoencoder sees it. Measures under another one are not comparable. It maps
     images (N, 784) to logits (N, 10); its layer `features` gives the 64 numbers before
     them.
     """
-    keras.utils.set_random_seed(seed)
+    keras.utils.set_random_seed(0)
     layers = keras.layers
     strided = {"strides": 2, "padding": "same", "activation": "relu"}
     classifier = keras.Sequential(
@@ -369,16 +349,6 @@ def train_digit_classifier(train: Split, seed: int = 0) -> keras.Model:
     return classifier
 
 
-def classify(
-    classifier: keras.Model, images: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return features, float64 (N, 64), and logits, float32 (N, 10), of (N, 784)."""
-    outputs = [classifier.get_layer(name).output for name in ("features", "logits")]
-    network = keras.Model(classifier.inputs, outputs)
-    features, logits = network.predict(images, batch_size=500, verbose=0)
-    return features.astype(np.float64), logits
-
-
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Return the Fréchet distance between normal fits to features (N, D) and (M, D).
 
@@ -396,19 +366,18 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     )
 
 
-def coverage(points: np.ndarray, known: np.ndarray, neighbours: int = 3) -> float:
+def coverage(points: np.ndarray, known: np.ndarray) -> float:
     """Return which share of features (N, D) lies in the manifold of others, (M, D).
 
     The manifold is all that is no further from a known point than its third nearest
     neighbour (Kynkäänniemi et al. 2019, arXiv:1904.06991). Of generated images among
     true ones this is precision, of true ones among generated ones it is recall.
     """
-    search = NearestNeighbors(n_neighbors=neighbours, algorithm="brute").fit(known)
+    search = NearestNeighbors(n_neighbors=3, algorithm="brute").fit(known)
     radii = search.kneighbors()[0][:, -1]
-    parts = pairwise_distances_chunked(
-        points, known, reduce_func=lambda distances, _: (distances <= radii).any(axis=1)
-    )
-    return float(np.concatenate(list(parts)).mean())
+    parts = pairwise_distances_chunked(points, known)
+    inside = [(distances <= radii).any(axis=1) for distances in parts]
+    return float(np.concatenate(inside).mean())
 
 
 def sample_quality(
@@ -430,27 +399,29 @@ def sample_quality(
     """
     # At random: a file may be sorted by digit.
     some = np.random.default_rng(0).permutation(len(train.images))[: len(test.images)]
-    images = {**generated, "training_images": train.images[some]}
+    images = {"test_images": test.images, **generated}
+    images["training_images"] = train.images[some]
     if classifier is None:
-        return dict.fromkeys((*images, "test_images"))
-
-    def digits(logits: np.ndarray) -> dict[str, Any]:
-        counts = np.bincount(logits.argmax(axis=1), minlength=10)
-        confidence = scipy.special.softmax(logits, axis=1).max(axis=1)
-        share = float((confidence >= CLEAR).mean())
-        return {"digits": (counts / len(logits)).tolist(), "clear": share}
-
-    true, logits = classify(classifier, test.images)
-    accuracy = float((logits.argmax(axis=1) == test.labels).mean())
-    quality = {"test_images": digits(logits) | {"accuracy": accuracy}}
+        return dict.fromkeys(images)
+    outputs = [classifier.get_layer(name).output for name in ("features", "logits")]
+    network = keras.Model(classifier.inputs, outputs)
+    quality = {}
     for name, pixels in images.items():
-        features, logits = classify(classifier, pixels)
-        quality[name] = {
-            "frechet_distance": frechet_distance(features, true),
-            "precision": coverage(features, true),
-            "recall": coverage(true, features),
-            **digits(logits),
-        }
+        features, logits = network.predict(pixels, batch_size=500, verbose=0)
+        features, digits = features.astype(np.float64), logits.argmax(axis=1)
+        shares = np.bincount(digits, minlength=10) / len(digits)
+        confidence = scipy.special.softmax(logits, axis=1).max(axis=1)
+        clear = float((confidence >= CLEAR).mean())
+        quality[name] = {"digits": shares.tolist(), "clear": clear}
+        if name == "test_images":
+            true = features
+            quality[name]["accuracy"] = float((digits == test.labels).mean())
+        else:
+            quality[name] |= {
+                "frechet_distance": frechet_distance(features, true),
+                "precision": coverage(features, true),
+                "recall": coverage(true, features),
+            }
     return quality
 
 

@@ -100,6 +100,17 @@ def compile_autoencoder(
     autoencoder.optimizer.build(autoencoder.trainable_variables)
 
 
+def build_model(
+    options: argparse.Namespace, images: np.ndarray, activation: str = ACTIVATION
+) -> keras.Model:
+    """Build and compile an autoencoder for training images, (N, 28, 28, 3)."""
+    keras.utils.set_random_seed(options.seed)
+    autoencoder = build_autoencoder(options.code_dim, activation)
+    steps = len(images) // options.batch_size
+    compile_autoencoder(autoencoder, options.learning_rate, options.epochs, steps)
+    return autoencoder
+
+
 # Measures --------------------------------------------------------------------------
 
 
@@ -120,7 +131,7 @@ def evaluate(
     pca = metrics.fit_pca(train.images, code_dim)
     found = {
         "test_mse": test_mse,
-        "test_psnr_db": metrics.psnr_db(test_mse),
+        "test_psnr_db": report.psnr_db(test_mse),
         "pca_test_mse": metrics.pca_reconstruction_mse(pca, test.images),
         "mean_image_test_mse": metrics.mean_image_mse(train.images, test.images),
         "code_dim": code_dim,
@@ -200,10 +211,7 @@ def train_model(
 ) -> keras.Model:
     """Build and train an autoencoder; draw its loss beside PCA's."""
     options = run.options
-    keras.utils.set_random_seed(options.seed)
-    autoencoder = build_autoencoder(options.code_dim)
-    steps = len(images) // options.batch_size
-    compile_autoencoder(autoencoder, options.learning_rate, options.epochs, steps)
+    autoencoder = build_model(options, images)
     pca = metrics.fit_pca(images, options.code_dim)
     draw_loss = functools.partial(
         plots.q1_loss,
@@ -228,9 +236,7 @@ def main() -> None:
         errors = np.square(reconstructions - test.images)
         found = evaluate(autoencoder, train_split, test, errors)
         found["validation_mse"] = float(run.history["val_loss"][-1])
-        run.lap("metrics")
         draw(options.figures, test.images, reconstructions, found, options.seed)
-        run.lap("figures")
         run.write_metrics(found)
     if options.updates_report:
         report.update()

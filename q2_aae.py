@@ -36,6 +36,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from scipy import ndimage
+from sklearn.metrics import pairwise_distances_argmin
 
 import metrics
 import plots
@@ -424,7 +425,8 @@ def draw_reconstructions(
     plots.image_grid(path, rows, title, ("input", "output") * 2)
 
     samples = encoded.samples[:10]
-    rows = [samples, train.images[metrics.nearest(train.images, samples)[0]]]
+    nearest = pairwise_distances_argmin(samples, train.images)
+    rows = [samples, train.images[nearest]]
     path = Path(f"{prefix}_nearest.png")
     title = "Decoded draws from the prior above the training images nearest to them"
     plots.image_grid(path, rows, title, ("sample", "nearest"))
@@ -521,7 +523,6 @@ def measure(
     found["start_match"] = metrics.match_prior(
         build_discriminator, posterior, codes, encoded.signal
     )
-    run.lap("metrics")
     prefix = f"{options.figures / options.name}"
     chosen = np.random.default_rng(options.seed).permutation(len(test.images))[:20]
     draw_reconstructions(prefix, encoded, train, test, chosen)
@@ -532,7 +533,6 @@ def measure(
     plots.q2_tsne(Path(f"{prefix}_tsne.png"), points, train.labels)
     with utils.replacing(run.path / "tsne.npz") as temporary:  # for extras/explorer.py
         np.savez(temporary, points=points.astype(np.float32))
-    run.lap("figures")
     return {
         **found,
         "loss_discriminator": float(run.history["discriminator_loss"][-1]),

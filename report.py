@@ -15,12 +15,13 @@ import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 Metrics = Mapping[str, Any]
 
-# Of the tables of question 2's runs; and what was aimed at for its default.
+# What a table of question 2's runs shows of each, and the aims for its default run.
 COLUMNS = "test MSE", "Fréchet", "5-NN", "L_D", "signal", "fresh D", "MMD² · 10⁴"
 AIMS = {
     "test MSE": "at most 0.0105",
@@ -59,9 +60,9 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def psnr(mse: float) -> str:
-    """Return a mean squared error on [0, 1] as a peak signal-to-noise ratio in dB."""
-    return f"{-10 * math.log10(max(mse, sys.float_info.min)):.2f}"
+def psnr_db(mse: float) -> float:
+    """Return the peak signal-to-noise ratio in dB of a mean squared error on [0, 1]."""
+    return -10 * math.log10(max(mse, sys.float_info.min))
 
 
 # Question 1 --------------------------------------------------------------------------
@@ -78,7 +79,7 @@ def q1(metrics: Metrics) -> str:
     ]
     table = markdown_table(
         ("autoencoder", "code", "parameters", "test MSE", "test PSNR (dB)"),
-        [(*row, f"{mse:.5f}", psnr(mse)) for *row, mse in rows],
+        [(*row, f"{mse:.5f}", f"{psnr_db(mse):.2f}") for *row, mse in rows],
     )
     verdict = (
         f"The CNN's test error is {ratio:.2f} times that of PCA: it "
@@ -96,24 +97,21 @@ def q1_unseen(metrics: Metrics) -> str:
 def q1_error(metrics: Metrics) -> str:
     """Return where question 1's error lies, and what the code knows."""
     parts = []
-    by_digit, accuracy = metrics["digit_test_mse"], metrics["knn_accuracy"]
-    if by_digit is not None:
+    if by_digit := metrics["digit_test_mse"]:
         easiest, hardest = (f(by_digit, key=by_digit.get) for f in (min, max))
         parts.append(
             f"The easiest digit is {easiest}, with a test MSE of "
             f"{by_digit[easiest]:.5f}, the hardest {hardest}, with "
             f"{by_digit[hardest]:.5f}."
         )
-    if accuracy is None:
-        return " ".join(parts)
-    names = {
-        "cnn_code": "the CNN's code",
-        "pca_code": "PCA's code of the same size",
-        "pixels": "the pixels",
-    }
-    rows = [(name, percent(accuracy[key])) for key, name in names.items()]
-    table = markdown_table(("5 nearest neighbours in", "accuracy"), rows)
-    return " ".join(parts) + "\n\n" + table
+    if accuracy := metrics["knn_accuracy"]:
+        rows = [
+            ("the CNN's code", percent(accuracy["cnn_code"])),
+            ("PCA's code of the same size", percent(accuracy["pca_code"])),
+            ("the pixels", percent(accuracy["pixels"])),
+        ]
+        parts.append(markdown_table(("5 nearest neighbours in", "accuracy"), rows))
+    return "\n\n".join(parts)
 
 
 def q1_rows(metrics: Metrics) -> str:
@@ -129,15 +127,9 @@ def q1_rows(metrics: Metrics) -> str:
         )
         for row in metrics["rows"].values()
     ]
-    header = (
-        "autoencoder",
-        "code",
-        "validation MSE",
-        "test MSE",
-        "PCA test MSE",
-        "ratio",
-    )
-    return f"{markdown_table(header, rows)}\n\n{provenance(metrics)}"
+    header = "autoencoder", "code", "validation MSE", "test MSE", "PCA test MSE"
+    table = markdown_table((*header, "ratio"), rows)
+    return f"{table}\n\n{provenance(metrics)}"
 
 
 # Question 2 --------------------------------------------------------------------------
@@ -181,10 +173,9 @@ def q2_match(metrics: Metrics) -> str:
         if match is None:
             continue
         for measure, (name, shown) in names.items():
-            draws = match["draws"].get(measure)
-            span = "50.0 %" if draws is None else " .. ".join(map(shown, draws))
-            row = f"{name}, {where}", shown(match[measure]), shown(before[measure])
-            rows.append((*row, span))
+            values = shown(match[measure]), shown(before[measure])
+            draws = match["draws"].get(measure, [0.5])  # a discriminator's: chance
+            rows.append((f"{name}, {where}", *values, " .. ".join(map(shown, draws))))
     header = "codes against the prior", "this run", "untrained start", "true draws"
     return f"{markdown_table(header, rows)}\n\n{verdict(metrics)}"
 
@@ -193,9 +184,7 @@ def q2_samples(metrics: Metrics) -> str:
     """Return a table of the samples' quality, if there are labels to judge it by."""
     quality = metrics["sample_quality"]
     if quality["samples"] is None:
-        return (
-            "How good the samples are takes labels to measure, which this data lacks."
-        )
+        return "Measuring the samples takes labels, which this data lacks."
     rows = [
         (
             name.replace("_", " "),
@@ -246,19 +235,16 @@ def verdict(metrics: Metrics) -> str:
     match = metrics["signal_match"]
     if match is None:
         return "No coordinate carries more signal than noise: the codes hold nothing."
-    names = {
-        "mmd": "MMD²",
-        "covariance_eigenvalue_min": "the least eigenvalue",
-        "covariance_eigenvalue_max": "the largest eigenvalue",
-        "ks_max": "the marginals",
-    }
-    apart = [
-        name
-        for key, name in names.items()
-        if not match["draws"][key][0] <= match[key] <= match["draws"][key][1]
-        and not (key == "mmd" and match[key] < 0)
-        and not (key == "ks_max" and match[key] < match["draws"][key][0])
-    ]
+    apart = []
+    for key, name, too_small in (  # a distance can't be too small
+        ("mmd", "MMD²", False),
+        ("covariance_eigenvalue_min", "the least eigenvalue", True),
+        ("covariance_eigenvalue_max", "the largest eigenvalue", True),
+        ("ks_max", "the marginals", False),
+    ):
+        low, high = match["draws"][key]
+        if match[key] > high or (too_small and match[key] < low):
+            apart.append(name)
     accuracy = match["fresh_discriminator"]
     error = 0.5 / math.sqrt(2 * metrics["test_images"])
     if accuracy > 0.5 + 3 * error:
@@ -326,65 +312,50 @@ def q2_rows(metrics: Metrics, long: bool) -> str:
 
 # Report ------------------------------------------------------------------------------
 
-# By metrics file: the report's blocks that it fills.
-BLOCKS: dict[str, dict[str, Callable[[Metrics], str]]] = {
-    "q1_metrics.json": {"q1": q1, "q1.error": q1_error},
-    "unseen/q1_metrics.json": {"q1.unseen": q1_unseen},
-    "q1_comparisons_metrics.json": {"q1.comparisons": q1_rows},
-    "q2_metrics.json": {
-        "q2": provenance,
-        "q2.losses": q2_losses,
-        "q2.match": q2_match,
-        "q2.samples": q2_samples,
-        "q2.neighbours": q2_neighbours,
-    },
-    "q2_control_metrics.json": {"q2.control": q2},
-    "course/q2_metrics.json": {"q2.course": q2},
-    "q2_comparisons_metrics.json": {
-        "q2.seeds": q2_seeds,
-        "q2.comparisons": lambda metrics: q2_rows(metrics, long=True),
-        "q2.ablation": lambda metrics: q2_rows(metrics, long=False),
-    },
+# By block of the report: the metrics file that it shows, and how.
+BLOCKS: dict[str, tuple[str, Callable[[Metrics], str]]] = {
+    "q1": ("q1_metrics.json", q1),
+    "q1.error": ("q1_metrics.json", q1_error),
+    "q1.unseen": ("unseen/q1_metrics.json", q1_unseen),
+    "q1.comparisons": ("q1_comparisons_metrics.json", q1_rows),
+    "q2": ("q2_metrics.json", provenance),
+    "q2.losses": ("q2_metrics.json", q2_losses),
+    "q2.match": ("q2_metrics.json", q2_match),
+    "q2.samples": ("q2_metrics.json", q2_samples),
+    "q2.neighbours": ("q2_metrics.json", q2_neighbours),
+    "q2.control": ("q2_control_metrics.json", q2),
+    "q2.course": ("course/q2_metrics.json", q2),
+    "q2.seeds": ("q2_comparisons_metrics.json", q2_seeds),
+    "q2.comparisons": ("q2_comparisons_metrics.json", partial(q2_rows, long=True)),
+    "q2.ablation": ("q2_comparisons_metrics.json", partial(q2_rows, long=False)),
 }
 
 
 def update(figures: Path = Path("figures"), report: Path = Path("report.md")) -> None:
     """Rewrite the blocks of the report for which there are metrics.
 
-    Where there is no report, or it lacks a block, that is said and nothing is lost.
-
-    Args:
-        figures: folder of the metrics.
-        report: the report.
+    Where there is no report, or it lacks a block, that is said.
     """
     if not report.exists():
         print(f"There is no {report} here to refresh.")
         return
     text = report.read_text(encoding="utf-8")
-    for file, blocks in BLOCKS.items():
-        if not (figures / file).exists():
+    for name, (file, render) in BLOCKS.items():
+        path = figures / file
+        if not path.exists():
             continue
-        metrics = json.loads((figures / file).read_text(encoding="utf-8"))
-        for name, render in blocks.items():
-            begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-            pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-            try:
-                block = f"{begin}\n{render(metrics).strip()}\n{end}"
-            except (KeyError, TypeError, AttributeError):
-                print(f"{figures / file} has another layout: run its script anew.")
-                break
-            text, count = pattern.subn(lambda _, new=block: new, text)
-            if count != 1:
-                print(f"{report} has {count} blocks {name}, where there should be one.")
-    temporary = report.with_name(f".{report.name}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(report)
-    except OSError as error:
-        error.filename = str(report)  # a full disk does not say where
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
+        try:
+            block = render(json.loads(path.read_text(encoding="utf-8"))).strip()
+        except (KeyError, TypeError, AttributeError):
+            print(f"{path} has another layout: run its script anew.")
+            continue
+        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+        others = re.split(f"{begin}.*?{end}", text, flags=re.DOTALL)
+        if len(others) != 2:
+            count = len(others) - 1
+            print(f"{report} has {count} blocks {name}, where there should be one.")
+        text = f"{begin}\n{block}\n{end}".join(others)
+    report.write_text(text, encoding="utf-8")
 
 
 def main() -> None:

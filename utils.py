@@ -41,8 +41,8 @@ except ImportError:  # Windows
     fcntl = None
 
 QUICK_EPOCHS = 5
-QUICK_SIZES = (2_000, 200, 500)  # training, validation and test images
-LEAST_SIZES = (100, 1, 20)
+# Images in each split: at least, and with --quick.
+SIZES = {"training": (100, 2_000), "validation": (1, 200), "test": (20, 500)}
 # Options that say where things lie, and change no number.
 PLACES = {"data", "figures", "run_dir", "shared_dir", "resume", "updates_report"}
 SETTINGS, CHECKPOINT, LOCK = "settings.json", "checkpoint.npz", "lock"
@@ -111,7 +111,7 @@ def argument_parser(
             text += " (default: %(default)s)"
         add(flag, type=kind, default=default, metavar=unit, help=text)
     add("--resume", action="store_true", help="go on after the run's last checkpoint")
-    text = f"try all on {QUICK_SIZES[0]:,} images; what comes out goes to runs/quick"
+    text = "try all on few images; what comes out goes to runs/quick"
     add("--quick", action="store_true", help=text)
     return parser
 
@@ -136,13 +136,6 @@ def complete_options(options: argparse.Namespace, name: str) -> argparse.Namespa
     options.run_dir = options.run_dir or base / name
     options.shared_dir = options.run_dir.parent  # of what all runs use
     return options
-
-
-def _again(*more: str) -> str:
-    """Return the command as it was called, with more arguments."""
-    in_notebook = hasattr(builtins, "__IPYTHON__")
-    words = ["%run", *sys.argv] if in_notebook else sys.orig_argv
-    return shlex.join([*(word for word in words if word not in more), *more])
 
 
 @contextlib.contextmanager
@@ -196,7 +189,11 @@ def run_script(main: Callable[[], None]) -> None:
     except (KeyboardInterrupt, BrokenPipeError) as error:
         if BrokenPipeError in (type(error), type(error.__cause__)):
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  nobody reads on
-        again = _again(*["--resume"] * isinstance(error, Interrupted))
+        in_notebook = hasattr(builtins, "__IPYTHON__")
+        words = ["%run", *sys.argv] if in_notebook else sys.orig_argv
+        if isinstance(error, Interrupted) and "--resume" not in words:
+            words = [*words, "--resume"]
+        again = shlex.join(words)
         print(f"\n{script}: interrupted; go on with: {again}", file=sys.stderr)
         sys.exit(130)
     except (DataError, UsageError, OSError) as error:
@@ -224,19 +221,14 @@ def prepare_splits(
             training images are the same.
     """
     prepared = []
-    for (images, labels), size, least, name in zip(
-        splits,
-        QUICK_SIZES,
-        LEAST_SIZES,
-        ("training", "validation", "test"),
-        strict=True,
-    ):
+    for (images, labels), (name, sizes) in zip(splits, SIZES.items(), strict=True):
+        least, quick = sizes
         found = f"{options.data}: found {len(images)} {name} images"
         if len(images) < least:
             raise UsageError(f"{found}, expected {least} or more")
         if name == "training" and (images == images[0]).all():
             raise UsageError(f"{found} that are all the same")
-        first = slice(size if options.quick else None)
+        first = slice(quick if options.quick else None)
         labels = None if labels is None else labels[first]
         prepared.append(Split(unit_floats(images[first]), labels))
     count = len(prepared[0].images)
@@ -336,8 +328,6 @@ class RunFolder:
         self.checkpoint = self.path / CHECKPOINT
         self.rows: list[dict[str, float]] = []
         self.source = describe_source(options.data)
-        self.stage_seconds: dict[str, float] = {}
-        self.last_lap = time.perf_counter()
 
     def __enter__(self) -> RunFolder:
         if self.options.resume and not (self.path / SETTINGS).exists():
@@ -368,7 +358,6 @@ class RunFolder:
         own = PLACES | {"name", "full_epochs", "default_epochs"}
         settings = {k: v for k, v in vars(self.options).items() if k not in own}
         settings["data"] = self.source["sha256"]
-        settings = json.loads(json.dumps(settings))  # compared as the file has them
         path = self.path / SETTINGS
         if not self.options.resume:
             self.checkpoint.unlink(missing_ok=True)
@@ -382,11 +371,6 @@ class RunFolder:
                     f"--resume: found --{key.replace('_', '-')} {value}, expected "
                     f"{before.get(key)} as in the run so far"
                 )
-
-    def lap(self, stage: str) -> None:
-        """Note the seconds since the last call as a stage's."""
-        now = time.perf_counter()
-        self.stage_seconds[stage], self.last_lap = now - self.last_lap, now
 
     @property
     def history(self) -> dict[str, np.ndarray]:
@@ -417,7 +401,6 @@ class RunFolder:
         steps = len(train) // batch_size
         done = self._restore(model, steps)
         epochs = range(done, options.epochs)
-        self.lap("data")
         print(f"Training: {options.epochs} epochs of {steps} steps.", flush=True)
         try:
             if done < options.epochs:
@@ -436,7 +419,6 @@ class RunFolder:
             self._finish(networks, draw)
             raise
         self._finish(networks, draw)
-        self.lap("training")
 
     def _finish(self, networks: Mapping[str, keras.Model], draw: Callable) -> None:
         """Save the networks as they are; draw the history if there is any."""
@@ -458,17 +440,12 @@ class RunFolder:
                 variable.assign(arrays[name])
         # The weights' own step count, so that no second file can disagree with them.
         done = int(model.optimizer.iterations) // steps_per_epoch
-        with (
-            damage_told(self.history_path, f"the history of {done} epochs"),
-            self.history_path.open(newline="", encoding="utf-8") as file,
-        ):
-            rows = [
-                {key: float(value) for key, value in row.items()}
-                for row in csv.DictReader(file)
-            ]
-            self.rows = rows[:done]
-            if len(self.rows) != done or any("seconds" not in row for row in rows):
-                raise ValueError(f"{len(rows)} of them")
+        with damage_told(self.history_path, f"the history of {done} epochs"):
+            lines = self.history_path.read_text(encoding="utf-8").splitlines()
+            for row in csv.DictReader(lines[: 1 + done]):
+                self.rows.append({key: float(value) for key, value in row.items()})
+            if len(self.rows) != done:
+                raise ValueError(f"{len(self.rows)} of them")
         print(f"Going on after epoch {done} of {self.checkpoint}.")
         return done
 
@@ -500,7 +477,6 @@ class RunFolder:
             "seed": options.seed,
             "versions": {"python": platform.python_version()}
             | {package: version(package) for package in PACKAGES},
-            "stage_seconds": self.stage_seconds,
         }
         name = file_name or f"{options.name}_metrics.json"
         write_json(options.figures / name, complete)
@@ -583,13 +559,11 @@ def describe_source(path: str | os.PathLike) -> dict[str, str]:
 
     Of a file that `make_data.py` built and nobody changed since, also what it recorded.
     """
-    path, digest = Path(path), hashlib.sha256()
-    with path.open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    described = {"file": path.name, "sha256": digest.hexdigest()}
+    path = Path(path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    described = {"file": path.name, "sha256": digest}
     with contextlib.suppress(OSError, ValueError):
         record = json.loads(sources_path(path).read_text(encoding="utf-8"))
-        if isinstance(record, dict) and record.get("sha256") == described["sha256"]:
+        if isinstance(record, dict) and record.get("sha256") == digest:
             return described | record
     return described | {"source": "a file as given"}

@@ -28,7 +28,6 @@ import utils
 
 import joblib
 import keras
-import numpy as np
 import tensorflow as tf
 
 import metrics
@@ -55,24 +54,16 @@ class Row(NamedTuple):
 # Question 1 --------------------------------------------------------------------------
 
 
-def q1_model(
-    options: argparse.Namespace, images: np.ndarray, **choices: Any
-) -> keras.Model:
-    """Build and compile question 1's autoencoder."""
-    keras.utils.set_random_seed(options.seed)
-    model = q1.build_autoencoder(options.code_dim, **choices)
-    steps = len(images) // options.batch_size
-    q1.compile_autoencoder(model, options.learning_rate, options.epochs, steps)
-    return model
-
-
 SIZES = ("code-16", "code-32", "code-64", "default", "code-256")
 Q1_ROWS = {
-    **{f"code-{n}": Row("ours", q1_model, {"code_dim": n}) for n in (16, 32, 64, 256)},
-    "seed-1": Row("ours, seed 1", q1_model, {"seed": 1}),
-    "seed-2": Row("ours, seed 2", q1_model, {"seed": 2}),
-    "relu": Row("a plain CNN, with ReLU", partial(q1_model, activation="relu")),
-    "gelu": Row("ours with GELU", partial(q1_model, activation="gelu")),
+    "code-16": Row("ours", q1.build_model, {"code_dim": 16}),
+    "code-32": Row("ours", q1.build_model, {"code_dim": 32}),
+    "code-64": Row("ours", q1.build_model, {"code_dim": 64}),
+    "code-256": Row("ours", q1.build_model, {"code_dim": 256}),
+    "seed-1": Row("ours, seed 1", q1.build_model, {"seed": 1}),
+    "seed-2": Row("ours, seed 2", q1.build_model, {"seed": 2}),
+    "relu": Row("a plain CNN, with ReLU", partial(q1.build_model, activation="relu")),
+    "gelu": Row("ours with GELU", partial(q1.build_model, activation="gelu")),
 }
 
 
@@ -122,12 +113,11 @@ class TunedAutoencoder(q2.AdversarialAutoencoder):
     """
 
     WEIGHT, STEPS = 10 / 3, 4  # of (c); of (b)
-    CLIP_NORM, R1_WEIGHT = 8.0, 0.1  # of the gradient; of the slope penalty in (b)
+    R1_WEIGHT = 0.1  # of the slope penalty in (b)
 
     def compile(self, learning_rate: float, epochs: int, steps: int) -> None:
         """Give autoencoder and discriminator their Adams; see the base class."""
         super().compile(learning_rate, epochs, steps)
-        self.optimizer.global_clipnorm = self.CLIP_NORM
         self.training_steps = epochs * steps
 
     def train_step(self, data: tuple[tf.Tensor, tf.Tensor]) -> dict[str, tf.Tensor]:
@@ -193,10 +183,9 @@ class VariationalAutoencoder(q2.AdversarialAutoencoder):
 
     def minus_bound(self, x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Return what training minimises, in nats, and the reconstructions (N, 784)."""
-        parts = [self.encoder.get_layer(name) for name in ("mean", "log_variance")]
-        posterior = keras.Model(
-            self.encoder.inputs, [*self.encoder.outputs, *(p.output for p in parts)]
-        )
+        encoder = self.encoder
+        parts = [encoder.get_layer(name).output for name in ("mean", "log_variance")]
+        posterior = keras.Model(encoder.inputs, [*encoder.outputs, *parts])
         codes, mean, log_variance = posterior(x, training=True)
         x_hat = self.decoder(codes, training=True)
         surprise = q2.PIXELS * keras.losses.binary_crossentropy(x, x_hat)
@@ -212,34 +201,22 @@ class HalfWeight(VariationalAutoencoder):
     BETA = 0.5
 
 
-def q2_model(
-    options: argparse.Namespace,
-    images: np.ndarray,
-    recipe: q2.Recipe = q2.DEFAULT,
-    kind: type[q2.AdversarialAutoencoder] = q2.AdversarialAutoencoder,
-) -> q2.AdversarialAutoencoder:
-    """Build a model of question 2, with the images that the tuned one draws from."""
-    model = q2.build_model(options, images, recipe, kind)
-    if kind is TunedAutoencoder:
-        model.images = tf.constant(images)
-    return model
-
-
 def recipe_row(
     title: str,
     kind: type[q2.AdversarialAutoencoder] = q2.AdversarialAutoencoder,
-    changes: Mapping[str, Any] | None = None,
+    changes: Mapping[str, Any] = {},
     short: bool = False,
     **recipe: Any,
 ) -> Row:
-    """Return a row of the recipe for many images with something changed."""
-    build = partial(q2_model, recipe=q2.DEFAULT._replace(**recipe), kind=kind)
-    return Row(title, build, changes or {}, short)
+    """Return a row of the default recipe with something changed."""
+    build = partial(q2.build_model, recipe=q2.DEFAULT._replace(**recipe), kind=kind)
+    return Row(title, build, changes, short)
 
 
 NO_BOUNDS = {"signal_dimensions": 0}
 NO_CLIPS = {"clipnorm": None, "encoder_clipnorm": None}
 FASTER_D = {"discriminator_rate": 1.5e-3}
+EIGHT = FASTER_D | {"signal_dimensions": 8}
 TUNED = {"learning_rate": 1.5e-3, "epochs": 32}
 VAE = {"learning_rate": 1e-3}
 VAE_RECIPE = NO_BOUNDS | NO_CLIPS
@@ -263,27 +240,23 @@ Q2_ROWS = {
     "seed-1": recipe_row("the default, seed 1", changes={"seed": 1}),
     "seed-2": recipe_row("the default, seed 2", changes={"seed": 2}),
     "faster-d": recipe_row("with (b) at 1.5 times its rate", **FASTER_D),
-    "eight": recipe_row(
-        "the same, with eight coordinates for the digits",
-        signal_dimensions=8,
-        **FASTER_D,
-    ),
+    "eight": recipe_row("the same, with eight coordinates for the digits", **EIGHT),
     "tuned": recipe_row(
         "one Adam, −log D, up to four steps of (b)",
-        *(TunedAutoencoder, TUNED),
+        TunedAutoencoder,
+        TUNED,
         discriminator_rate=2e-3,
-        **NO_CLIPS,
+        clipnorm=8.0,
     ),
     "vae": recipe_row("a variational one", VariationalAutoencoder, VAE, **VAE_RECIPE),
     "vae-half": recipe_row("a variational one, β = 1/2", HalfWeight, VAE, **VAE_RECIPE),
     **{
-        f"{name}{suffix}": short_row(title, changes={"seed": seed}, **recipe)
-        for seed, suffix in ((0, ""), (1, "-1"))
+        f"{name}{suffix}": short_row(title, changes=changes, **recipe)
+        for suffix, changes in (("", {}), ("-1", {"seed": 1}))
         for name, (title, recipe) in CHANGES.items()
     },
     "code-10": short_row(
-        "with a code of 10 dimensions, all for the digits",
-        changes={"code_dim": 10},
+        "with a code of 10 dimensions, all for the digits", changes={"code_dim": 10}
     ),
 }
 
@@ -386,6 +359,8 @@ def train_row(question_name: str, name: str, arguments: Sequence[str]) -> None:
     # scikit-learn's own jobs stay here: on a cluster they would wait for other rows.
     with utils.RunFolder(options) as run, joblib.parallel_config("threading"):
         model = row.build(options, splits[0].images)
+        if isinstance(model, TunedAutoencoder):
+            model.images = tf.constant(splits[0].images)  # for its later steps of (b)
         run.fit(model, {}, splits[0].images, splits[1].images, lambda history: None)
         found = {
             "title": row.title,
@@ -397,16 +372,6 @@ def train_row(question_name: str, name: str, arguments: Sequence[str]) -> None:
             **question.measure(model, splits, run),
         }
         utils.write_json(run.path / FINISHED, found)
-
-
-def own_run(path: Path, title: str, source: Mapping[str, str]) -> dict[str, Any] | None:
-    """Return a script's own run as a row, or None if there is none on this data."""
-    if not path.exists():
-        return None
-    run = json.loads(path.read_text(encoding="utf-8"))
-    if run["data"]["sha256"] != source["sha256"]:
-        return None
-    return {"title": title, "long": True, "epochs": run["settings"]["epochs"]} | run
 
 
 def run_jobs(jobs: Sequence[Any], workers: int, cluster: str | None) -> None:
@@ -432,11 +397,15 @@ def run_jobs(jobs: Sequence[Any], workers: int, cluster: str | None) -> None:
 def collect(
     question: Question, base: argparse.Namespace, source: Mapping[str, str]
 ) -> dict[str, dict]:
-    """Return all rows that are finished: those of the scripts' own runs come first."""
+    """Return all finished rows on this data; those of the scripts' own runs first."""
     found = {}
     for name, (title, file) in question.runs.items():
-        if row := own_run(base.figures / file, title, source):
-            found[name] = row
+        path = base.figures / file
+        if path.exists():
+            run = json.loads(path.read_text(encoding="utf-8"))
+            if run["data"]["sha256"] == source["sha256"]:
+                epochs = run["settings"]["epochs"]
+                found[name] = {"title": title, "long": True, "epochs": epochs} | run
     for name, row in question.rows.items():
         path = row_options(name, row, base, source).run_dir / FINISHED
         if path.exists():

@@ -112,15 +112,12 @@ class Network:
         exact = np.concatenate(keras.tree.flatten(exact), axis=1)
 
         def rounded(steps: dict[int, float]) -> tuple[dict, float]:
-            whole = {
-                i: round_weights(*self.weights[i], factors[i], step)
-                for i, step in steps.items()
-            }
-            changed = {
-                i: (np.float32(kernel * steps[i]), np.float32(bias))
-                for i, (kernel, bias) in whole.items()
-            }
-            outputs = self.predict(checked, self.weights | changed)
+            whole, weights = {}, dict(self.weights)
+            for i, step in steps.items():
+                whole[i] = round_weights(*self.weights[i], factors[i], step)
+                kernel, bias = whole[i]
+                weights[i] = np.float32(kernel * step), np.float32(bias)
+            outputs = self.predict(checked, weights)
             return whole, float(np.abs(outputs - exact).max())
 
         roots = {i: np.sqrt(kernel.size) for i, (kernel, _) in self.weights.items()}
@@ -186,7 +183,7 @@ def rank_axes(decoder: Network) -> list[dict[str, float]]:
         ends[:, axis] = np.repeat([-1.0, 1.0], len(codes))
         low, high = np.split(decoder.predict(ends), 2)
         changes.append(float(np.square(high - low).mean()))
-    first = np.argsort(changes)[: -AXES - 1 : -1].tolist()
+    first = np.argsort(changes)[::-1][:AXES].tolist()
     return [{"coordinate": axis, "change": changes[axis]} for axis in first]
 
 
@@ -272,14 +269,11 @@ def write_page(meta: dict[str, Any], blobs: dict[str, bytes]) -> bytes:
 def main() -> None:
     """Write the page."""
     parser = utils.OneLineParser(description=__doc__.split("\n\n")[0])
-    for flag, default in (
-        ("--run-dir", "runs/q2"),
-        ("--control-dir", "runs/q2_control"),
-        ("--data", "data.npy"),
-        ("--output", "figures/q2_explorer.html"),
-    ):
-        text = "default: %(default)s"
-        parser.add_argument(flag, type=Path, default=default, metavar="PATH", help=text)
+    common = {"type": Path, "metavar": "PATH", "help": "default: %(default)s"}
+    parser.add_argument("--run-dir", default="runs/q2", **common)
+    parser.add_argument("--control-dir", default="runs/q2_control", **common)
+    parser.add_argument("--data", default="data.npy", **common)
+    parser.add_argument("--output", default="figures/q2_explorer.html", **common)
     options = parser.parse_args()
     options.data = find_file(options.data)
     print("Reading the runs and rounding their networks: a minute or two.", flush=True)

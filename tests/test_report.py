@@ -1,6 +1,7 @@
 """The report's blocks, from the metrics that runs leave behind."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +124,11 @@ def test_committed_report_says_what_the_committed_metrics_say(tmp_path, capsys):
     report.update(HOME / "figures", path)
     assert capsys.readouterr().out == ""
     assert path.read_text(encoding="utf-8") == text
+
+
+def test_psnr_of_a_known_error():
+    assert report.psnr_db(0.01) == pytest.approx(20.0)
+    assert 1000 < report.psnr_db(0.0) < math.inf
 
 
 def test_metrics_of_another_layout_are_told_and_change_nothing(tmp_path, capsys):
