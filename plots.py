@@ -276,8 +276,8 @@ def q2_frontier(path: Path, points: Mapping[str, tuple[float, float, bool]]) -> 
     """Draw samples against neighbourhoods, a point a model.
 
     Points are by name the accuracy of 5 nearest neighbours, 0..1, the Fréchet distance
-    of samples, and whether the model was trained for as long as the default run. In a
-    crowd only the first is named.
+    of samples, and whether the model was trained for as long as the default run. A
+    name stands beside its point, on a side where no other is; else it is left out.
     """
     with _figure(path, size=(7.5, 4.8)) as (_, axes):
         axes.set(
@@ -286,15 +286,23 @@ def q2_frontier(path: Path, points: Mapping[str, tuple[float, float, bool]]) -> 
             ylabel="Fréchet distance of samples",
             title="Neighbourhoods against samples: lower right is better",
         )
-        named = []
         for name, (accuracy, distance, is_long) in points.items():
             colour = ACCENT if is_long else INK
             axes.plot(100 * accuracy, distance, "o" if is_long else ".", color=colour)
-            place = np.array([100 * accuracy, 10 * np.log10(distance)])
-            if all((np.abs(place - other) > (1.0, 0.6)).any() for other in named):
-                named.append(place)
-                style = {"textcoords": "offset points", "fontsize": 8}
-                axes.annotate(name, (100 * accuracy, distance), (6, 4), **style)
+            # Of the points at about this height: how far they are to the right, in %.
+            steps = [
+                100 * (other[0] - accuracy)
+                for other in points.values()
+                if other[0] != accuracy and abs(np.log(other[1] / distance)) < 0.12
+            ]
+            length = 0.4 + 0.12 * len(name)
+            for side, alignment in ((1, "left"), (-1, "right")):
+                if not any(0 <= side * step < length for step in steps):
+                    style = {"textcoords": "offset points", "fontsize": 8}
+                    style |= {"ha": alignment, "va": "center"}
+                    place = 100 * accuracy, distance
+                    axes.annotate(name, place, (6 * side, 0), **style)
+                    break
         for marker, colour, label in (
             ("o", ACCENT, "long runs"),
             (".", INK, "short runs"),
