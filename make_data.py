@@ -96,12 +96,10 @@ def build(
             and where that fails the two that scikit-learn ships are used.
         seed: of the crops; the same seed and photographs give the same bytes.
         names: of the files to write, of `MNIST_M.npy` and `data.npy`.
-        hold_out: photographs that are behind all test images, and behind no other;
-            with 0 all are behind all images, as in the original.
+        hold_out: photographs behind test images alone; 0: all, behind all images.
 
     Raises:
-        DataError: the digits can't be had, `backgrounds` holds no photograph, or all
-            would be held out.
+        DataError: the digits can't be had, or no photograph is left.
     """
     missing = [name for name in names if not _is_there(Path(folder) / name)]
     if not missing:
