@@ -222,6 +222,8 @@ def find_digits() -> tuple[Digits, str]:
         try:
             with _socket_timeout():
                 (images, labels), (test_images, test_labels) = read()
+            if not images.dtype == test_images.dtype == np.uint8:
+                raise DataError(f"digits of type {images.dtype}, expected uint8")
             _verify("training digits", MNIST_TRAIN_SHA256, images.tobytes())
             _verify("test digits", MNIST_TEST_SHA256, test_images.tobytes())
         except Exception as error:

@@ -15,7 +15,6 @@ import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -312,50 +311,65 @@ def q2_rows(metrics: Metrics, long: bool) -> str:
 
 # Report ------------------------------------------------------------------------------
 
-# By block of the report: the metrics file that it shows, and how.
-BLOCKS: dict[str, tuple[str, Callable[[Metrics], str]]] = {
-    "q1": ("q1_metrics.json", q1),
-    "q1.error": ("q1_metrics.json", q1_error),
-    "q1.unseen": ("unseen/q1_metrics.json", q1_unseen),
-    "q1.comparisons": ("q1_comparisons_metrics.json", q1_rows),
-    "q2": ("q2_metrics.json", provenance),
-    "q2.losses": ("q2_metrics.json", q2_losses),
-    "q2.match": ("q2_metrics.json", q2_match),
-    "q2.samples": ("q2_metrics.json", q2_samples),
-    "q2.neighbours": ("q2_metrics.json", q2_neighbours),
-    "q2.control": ("q2_control_metrics.json", q2),
-    "q2.course": ("course/q2_metrics.json", q2),
-    "q2.seeds": ("q2_comparisons_metrics.json", q2_seeds),
-    "q2.comparisons": ("q2_comparisons_metrics.json", partial(q2_rows, long=True)),
-    "q2.ablation": ("q2_comparisons_metrics.json", partial(q2_rows, long=False)),
+# By metrics file: the report's blocks that it fills.
+BLOCKS: dict[str, dict[str, Callable[[Metrics], str]]] = {
+    "q1_metrics.json": {"q1": q1, "q1.error": q1_error},
+    "unseen/q1_metrics.json": {"q1.unseen": q1_unseen},
+    "q1_comparisons_metrics.json": {"q1.comparisons": q1_rows},
+    "q2_metrics.json": {
+        "q2": provenance,
+        "q2.losses": q2_losses,
+        "q2.match": q2_match,
+        "q2.samples": q2_samples,
+        "q2.neighbours": q2_neighbours,
+    },
+    "q2_control_metrics.json": {"q2.control": q2},
+    "course/q2_metrics.json": {"q2.course": q2},
+    "q2_comparisons_metrics.json": {
+        "q2.seeds": q2_seeds,
+        "q2.comparisons": lambda metrics: q2_rows(metrics, long=True),
+        "q2.ablation": lambda metrics: q2_rows(metrics, long=False),
+    },
 }
 
 
 def update(figures: Path = Path("figures"), report: Path = Path("report.md")) -> None:
     """Rewrite the blocks of the report for which there are metrics.
 
-    Where there is no report, or it lacks a block, that is said.
+    Where there is no report, or it lacks a block, that is said and nothing is lost.
+
+    Args:
+        figures: folder of the metrics.
+        report: the report.
     """
     if not report.exists():
         print(f"There is no {report} here to refresh.")
         return
     text = report.read_text(encoding="utf-8")
-    for name, (file, render) in BLOCKS.items():
-        path = figures / file
-        if not path.exists():
+    for file, blocks in BLOCKS.items():
+        if not (figures / file).exists():
             continue
-        try:
-            block = render(json.loads(path.read_text(encoding="utf-8"))).strip()
-        except (KeyError, TypeError, AttributeError):
-            print(f"{path} has another layout: run its script anew.")
-            continue
-        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-        others = re.split(f"{begin}.*?{end}", text, flags=re.DOTALL)
-        if len(others) != 2:
-            count = len(others) - 1
-            print(f"{report} has {count} blocks {name}, where there should be one.")
-        text = f"{begin}\n{block}\n{end}".join(others)
-    report.write_text(text, encoding="utf-8")
+        metrics = json.loads((figures / file).read_text(encoding="utf-8"))
+        for name, render in blocks.items():
+            begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+            pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+            try:
+                block = f"{begin}\n{render(metrics).strip()}\n{end}"
+            except (KeyError, TypeError, AttributeError):
+                print(f"{figures / file} has another layout: run its script anew.")
+                break
+            text, count = pattern.subn(lambda _, new=block: new, text)
+            if count != 1:
+                print(f"{report} has {count} blocks {name}, where there should be one.")
+    temporary = report.with_name(f".{report.name}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(report)
+    except OSError as error:
+        error.filename = str(report)  # a full disk does not say where
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def main() -> None:

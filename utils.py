@@ -111,7 +111,8 @@ def argument_parser(
             text += " (default: %(default)s)"
         add(flag, type=kind, default=default, metavar=unit, help=text)
     add("--resume", action="store_true", help="go on after the run's last checkpoint")
-    text = "try all on few images; what comes out goes to runs/quick"
+    few = SIZES["training"][1]
+    text = f"try all on {few:,} images; what comes out goes to runs/quick"
     add("--quick", action="store_true", help=text)
     return parser
 
@@ -440,12 +441,17 @@ class RunFolder:
                 variable.assign(arrays[name])
         # The weights' own step count, so that no second file can disagree with them.
         done = int(model.optimizer.iterations) // steps_per_epoch
-        with damage_told(self.history_path, f"the history of {done} epochs"):
-            lines = self.history_path.read_text(encoding="utf-8").splitlines()
-            for row in csv.DictReader(lines[: 1 + done]):
-                self.rows.append({key: float(value) for key, value in row.items()})
-            if len(self.rows) != done:
-                raise ValueError(f"{len(self.rows)} of them")
+        with (
+            damage_told(self.history_path, f"the history of {done} epochs"),
+            self.history_path.open(newline="", encoding="utf-8") as file,
+        ):
+            rows = [
+                {key: float(value) for key, value in row.items()}
+                for row in csv.DictReader(file)
+            ]
+            self.rows = rows[:done]
+            if len(self.rows) != done or any("seconds" not in row for row in rows):
+                raise ValueError(f"{len(rows)} of them")
         print(f"Going on after epoch {done} of {self.checkpoint}.")
         return done
 

@@ -39,6 +39,21 @@ IMAGES = 4096  # random ones that the steps train on
 SCRIPTS = {"q1": q1, "q2": q2}
 
 
+def parse_options() -> argparse.Namespace:
+    """Read the command line."""
+    parser = utils.OneLineParser(description="Measure how fast both scripts train.")
+    add = parser.add_argument
+    add("--json", action="store_true", help="print JSON instead of a table")
+    add("--against", choices=("torch",), help="train in PyTorch too; install it before")
+    add("--steps-only", action="store_true", help="leave out the scripts (minutes)")
+    add("--question", choices=tuple(SCRIPTS), help="measure it alone (default: both)")
+    add("--rounds", type=utils.positive_int, default=15, help="turns (default: 15)")
+    options = parser.parse_args()
+    if options.against and importlib.util.find_spec("torch") is None:
+        raise utils.UsageError("--against torch: found no package torch, install it")
+    return options
+
+
 def keras_step(question: str) -> Callable[[], Any]:
     """Return what takes a training step as `model.fit` does; it waits for a GPU."""
     if question == "q1":
@@ -234,29 +249,23 @@ def torch_q2_losses(networks: Sequence[nn.ModuleList]) -> list[Callable]:
 
 def main() -> None:
     """Measure and print."""
-    parser = utils.OneLineParser(description="Measure how fast both scripts train.")
-    add = parser.add_argument
-    add("--json", action="store_true", help="print a line of JSON for each question")
-    add("--against", choices=("torch",), help="train in PyTorch too; install it before")
-    add("--steps-only", action="store_true", help="leave out the scripts (minutes)")
-    add("--question", choices=tuple(SCRIPTS), help="measure it alone (default: both)")
-    add("--rounds", type=utils.positive_int, default=15, help="turns (default: 15)")
-    options = parser.parse_args()
-    if options.against and importlib.util.find_spec("torch") is None:
-        raise utils.UsageError("--against torch: found no package torch, install it")
-    if options.question is None:
+    options, found = parse_options(), {}
+    if options.question:
+        found[options.question] = measure(options.question, options)
+    else:
         for question in SCRIPTS:
-            command = [sys.executable, "-m", "extras.bench", *sys.argv[1:]]
-            done = subprocess.run([*command, "--question", question])
+            command = [sys.executable, "-m", "extras.bench", *sys.argv[1:], "--json"]
+            command += ["--question", question]
+            done = subprocess.run(command, stdout=subprocess.PIPE)
             if done.returncode:
                 sys.exit(done.returncode)  # it has said why
-        return
-    found = measure(options.question, options)
+            found |= json.loads(done.stdout)
     if options.json:
-        print(json.dumps({options.question: found}))
+        print(json.dumps(found, indent=2))
         return
-    for name, value in found.items():
-        print(f"{options.question}  {name.replace('_', ' '):24}{value:12,.5g}")
+    for question, values in found.items():
+        for name, value in values.items():
+            print(f"{question}  {name.replace('_', ' '):24}{value:12,.5g}")
 
 
 if __name__ == "__main__":
