@@ -43,12 +43,16 @@ History = Mapping[str, np.ndarray]  # a column a quantity, a value an epoch
 
 @contextlib.contextmanager
 def _figure(
-    path: Path, rows: int = 1, columns: int = 1, size: tuple[float, float] = (7, 4)
+    path: str | Path,
+    rows: int = 1,
+    columns: int = 1,
+    size: tuple[float, float] = (7, 4),
 ) -> Iterator[tuple[Figure, Any]]:
     """Draw a figure in the house style and save it under `path`, whole or not at all.
 
     Its `size` is in inches. Yields the figure and its axes, as `Figure.subplots` does.
     """
+    path = Path(path)
     temporary = path.with_name(f".{path.name}")
     with matplotlib.rc_context(STYLE):
         figure = Figure(size)
@@ -64,7 +68,10 @@ def _figure(
 
 
 def image_grid(
-    path: Path, rows: Sequence[np.ndarray], title: str, labels: Sequence[str] = ()
+    path: str | Path,
+    rows: Sequence[np.ndarray],
+    title: str,
+    labels: Sequence[str] = (),
 ) -> None:
     """Draw rows of images under a title, each row with a label or none with any.
 
@@ -102,7 +109,7 @@ def _both_losses(axes: Axes, history: History, name: str) -> None:
 # Question 1 --------------------------------------------------------------------------
 
 
-def q1_loss(path: Path, history: History, pca_mse: float, code_dim: int) -> None:
+def q1_loss(path: str | Path, history: History, pca_mse: float, code_dim: int) -> None:
     """Draw the reconstruction loss over training ("loss", "val_loss"), and PCA's.
 
     `pca_mse` is PCA's mean squared error on the validation images, pixels in [0, 1].
@@ -131,7 +138,10 @@ def q1_loss(path: Path, history: History, pca_mse: float, code_dim: int) -> None
 
 
 def q1_errors(
-    path: Path, by_place: np.ndarray, by_digit: Mapping[str, float] | None, mse: float
+    path: str | Path,
+    by_place: np.ndarray,
+    by_digit: Mapping[str, float] | None,
+    mse: float,
 ) -> None:
     """Draw where the test error lies: over the image, (28, 28), and by digit.
 
@@ -151,7 +161,7 @@ def q1_errors(
         digits.set_ylabel("mean squared error (pixels in 0..1)")
 
 
-def q1_rate_distortion(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
+def q1_rate_distortion(path: str | Path, rows: Sequence[Mapping[str, float]]) -> None:
     """Draw the test error against the code's size, of the CNN and of PCA.
 
     Each row has "code_dim", "test_mse" and "pca_test_mse".
@@ -180,7 +190,9 @@ def q1_rate_distortion(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
 # Question 2 --------------------------------------------------------------------------
 
 
-def q2_losses(path: Path, history: History, equilibrium: Mapping[str, float]) -> None:
+def q2_losses(
+    path: str | Path, history: History, equilibrium: Mapping[str, float]
+) -> None:
     """Draw the three losses over training, and the adversaries' equilibrium (nats).
 
     The history has "reconstruction_loss", "discriminator_loss", "encoder_loss" and
@@ -206,7 +218,7 @@ def q2_losses(path: Path, history: History, equilibrium: Mapping[str, float]) ->
             axes.legend()
 
 
-def q2_tsne(path: Path, points: np.ndarray, labels: np.ndarray | None) -> None:
+def q2_tsne(path: str | Path, points: np.ndarray, labels: np.ndarray | None) -> None:
     """Draw the t-SNE map of the training codes, (N, 2), coloured by digit, (N,)."""
     with _figure(path, size=(7, 7)) as (_, axes):
         axes.set_title(
@@ -232,7 +244,7 @@ def q2_tsne(path: Path, points: np.ndarray, labels: np.ndarray | None) -> None:
 
 
 def q2_prior_match(
-    path: Path, codes: np.ndarray, spectra: Mapping[str, np.ndarray]
+    path: str | Path, codes: np.ndarray, spectra: Mapping[str, np.ndarray]
 ) -> None:
     """Draw the aggregate posterior, codes (N, D), against the prior.
 
@@ -272,7 +284,9 @@ def q2_prior_match(
             axes.legend(loc="lower left" if axes is spectrum else "best")
 
 
-def q2_frontier(path: Path, points: Mapping[str, tuple[float, float, bool]]) -> None:
+def q2_frontier(
+    path: str | Path, points: Mapping[str, tuple[float, float, bool]]
+) -> None:
     """Draw samples against neighbourhoods, a point a model.
 
     Points are by name the accuracy of 5 nearest neighbours, 0..1, the Fréchet distance
@@ -286,22 +300,28 @@ def q2_frontier(path: Path, points: Mapping[str, tuple[float, float, bool]]) -> 
             ylabel="Fréchet distance of samples",
             title="Neighbourhoods against samples: lower right is better",
         )
-        for name, (accuracy, distance, is_long) in points.items():
+        for name, point in points.items():
+            accuracy, distance, is_long = point
             colour = ACCENT if is_long else INK
             axes.plot(100 * accuracy, distance, "o" if is_long else ".", color=colour)
             # Of the points at about this height: how far they are to the right, in %.
             steps = [
                 100 * (other[0] - accuracy)
                 for other in points.values()
-                if other[0] != accuracy and abs(np.log(other[1] / distance)) < 0.12
+                if other is not point and abs(np.log(other[1] / distance)) < 0.12
             ]
             length = 0.4 + 0.12 * len(name)
             for side, alignment in ((1, "left"), (-1, "right")):
                 if not any(0 <= side * step < length for step in steps):
-                    style = {"textcoords": "offset points", "fontsize": 8}
-                    style |= {"ha": alignment, "va": "center"}
-                    place = 100 * accuracy, distance
-                    axes.annotate(name, place, (6 * side, 0), **style)
+                    axes.annotate(
+                        name,
+                        (100 * accuracy, distance),
+                        (6 * side, 0),
+                        textcoords="offset points",
+                        fontsize=8,
+                        ha=alignment,
+                        va="center",
+                    )
                     break
         for marker, colour, label in (
             ("o", ACCENT, "long runs"),

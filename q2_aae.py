@@ -27,7 +27,6 @@ import argparse
 import hashlib
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import utils  # first: it chooses Keras's backend
@@ -420,14 +419,14 @@ def draw_reconstructions(
     """Draw chosen test images restored, and samples above nearest training images."""
     both = test.images, encoded.reconstructions
     rows = [images[half] for half in np.split(chosen, 2) for images in both]
-    path = Path(f"{prefix}_reconstructions.png")
+    path = f"{prefix}_reconstructions.png"
     title = "Random test digits and their reconstructions"
     plots.image_grid(path, rows, title, ("input", "output") * 2)
 
     samples = encoded.samples[:10]
     nearest = pairwise_distances_argmin(samples, train.images)
     rows = [samples, train.images[nearest]]
-    path = Path(f"{prefix}_nearest.png")
+    path = f"{prefix}_nearest.png"
     title = "Decoded draws from the prior above the training images nearest to them"
     plots.image_grid(path, rows, title, ("sample", "nearest"))
 
@@ -436,14 +435,15 @@ def explore_latent_space(
     prefix: str, decoder: keras.Model, encoded: Encoded, chosen: np.ndarray
 ) -> None:
     """Decode draws from the prior, walks between codes, and codes moved on an axis."""
-    rows, path = np.split(encoded.samples[:100], 5), Path(f"{prefix}_samples.png")
-    plots.image_grid(path, rows, "Codes drawn from the prior, decoded")
+    rows = np.split(encoded.samples[:100], 5)
+    title = "Codes drawn from the prior, decoded"
+    plots.image_grid(f"{prefix}_samples.png", rows, title)
 
     codes, steps = encoded.codes[chosen], 12
     walks = [metrics.great_arc(*ends, steps) for ends in codes[:8].reshape(4, 2, -1)]
     rows = [utils.predict(decoder, walk) for walk in walks]
-    path = Path(f"{prefix}_latent_walk.png")
-    plots.image_grid(path, rows, "Walks between codes of test digits, decoded")
+    title = "Walks between codes of test digits, decoded"
+    plots.image_grid(f"{prefix}_latent_walk.png", rows, title)
 
     signal, rows = np.flatnonzero(encoded.signal)[:10], []
     for coordinate in signal:
@@ -453,10 +453,10 @@ def explore_latent_space(
     if rows:
         title = "A test digit's code, one coordinate moved from -2.5 to 2.5, decoded"
         labels = [f"z{number + 1}" for number in signal]
-        plots.image_grid(Path(f"{prefix}_coordinates.png"), rows, title, labels)
+        plots.image_grid(f"{prefix}_coordinates.png", rows, title, labels)
 
 
-def draw_prior_match(path: Path, encoded: Encoded) -> None:
+def draw_prior_match(path: str, encoded: Encoded) -> None:
     """Draw codes beside draws from the prior, over the coordinates with signal."""
     if encoded.signal.any():
         codes = encoded.codes[:, encoded.signal]
@@ -527,10 +527,10 @@ def measure(
     chosen = np.random.default_rng(options.seed).permutation(len(test.images))[:20]
     draw_reconstructions(prefix, encoded, train, test, chosen)
     explore_latent_space(prefix, model.decoder, encoded, chosen)
-    draw_prior_match(Path(f"{prefix}_prior_match.png"), encoded)
+    draw_prior_match(f"{prefix}_prior_match.png", encoded)
     print("Mapping the codes by t-SNE: some minutes.", flush=True)
     points, trust = metrics.tsne_map(encoded.train_posterior[0], options.seed)
-    plots.q2_tsne(Path(f"{prefix}_tsne.png"), points, train.labels)
+    plots.q2_tsne(f"{prefix}_tsne.png", points, train.labels)
     with utils.replacing(run.path / "tsne.npz") as temporary:  # for extras/explorer.py
         np.savez(temporary, points=points.astype(np.float32))
     return {
