@@ -1,0 +1,89 @@
+"""Files: replaced whole or not at all, JSON, and where a data file comes from."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path in the same folder; move it to `path` at the end.
+
+    Where the block fails, the old file stays as it was. A symbolic link is kept, and
+    the file that it points to is replaced; the file's mode is kept, too.
+
+    Args:
+        path: the file to write. Its folder is made where it is missing.
+
+    Raises:
+        OSError: the file can't be written; the error names it.
+    """
+    target = Path(os.path.realpath(path))
+    # The suffix stays, for some libraries choose the format by it.
+    temporary = target.with_name(f".{secrets.token_hex(4)}-{target.name}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        if target.exists():
+            shutil.copymode(target, temporary)
+        os.replace(temporary, target)
+    except OSError as error:
+        # A full disk's error names no file.
+        error.filename = error.filename or str(path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Write plain data as an indented JSON file."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ValueError: it is damaged; the error names the file.
+        OSError: it can't be read.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: found no valid JSON ({error})") from None
+
+
+def sources_path(path: str | os.PathLike) -> Path:
+    """Return the path of the record that `make_data.py` leaves beside a data file."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}_sources.json")
+
+
+def describe_source(path: str | os.PathLike) -> dict[str, str]:
+    """Describe where a data file comes from.
+
+    Returns:
+        `file`, `sha256` and `source`. If `make_data.py` built the file and it has not
+        changed since, also what its record says.
+    """
+    path = Path(path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    # A name of bytes that are no UTF-8 could not be written into a report.
+    name = path.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    described = {"file": name, "sha256": digest, "source": "a file as given"}
+    try:
+        record = read_json(sources_path(path))
+    except (OSError, ValueError):
+        return described
+    if isinstance(record, dict) and record.get("sha256") == digest:
+        return described | record
+    return described
