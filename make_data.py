@@ -25,7 +25,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from utils import OneLineParser, replacing, run_script, sources_path, write_json
+from utils import OneLineParser, run_script
 
 import keras
 import numpy as np
@@ -33,6 +33,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from files import replacing, sources_path, write_json
 from read_MNIST_M import NUM_CLASSES, VALID_SIZE, DataError, find_file, read_pickle
 
 NAMES = ("MNIST_M.npy", "data.npy")

@@ -16,14 +16,16 @@ import scipy.special
 from openTSNE import TSNE
 from scipy.spatial import geometric_slerp
 from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
 from sklearn.manifold import trustworthiness
 from sklearn.metrics import pairwise_distances_chunked
 from sklearn.metrics.pairwise import euclidean_distances
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
-from read_MNIST_M import Split
+from read_MNIST_M import NUM_CLASSES, Split
 
-LOOKED_UP = 2_500  # test codes whose neighbours are sought: all 10,000 take long
 TRUSTED = 3_000  # codes or images on which trustworthiness is measured
 CLEAR = 0.9  # the classifier's confidence from which on an image is clearly a digit
 NULL_DRAWS = 19  # sets of true draws that codes are judged by: one in twenty by chance
@@ -60,64 +62,107 @@ def pca_reconstruction_mse(pca: PCA, images: np.ndarray) -> float:
 
 
 def knn_accuracy(
-    spaces: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    train: np.ndarray,
     train_labels: np.ndarray,
+    test: np.ndarray,
     test_labels: np.ndarray,
     neighbours: int = 5,
-) -> dict[str, float]:
+) -> float:
     """Return how often the nearest training codes' majority names the right digit.
 
-    Spaces are by name training and test codes, float32 (N, ...) and (M, ...), labels
-    (N,) and (M,). Of the test codes `LOOKED_UP` are chosen at random, always the same.
+    Args:
+        train: codes or images, float32 (N, ...), among which neighbours are found.
+        train_labels: their digits, (N,).
+        test: codes or images, float32 (M, ...), whose digits are named.
+        test_labels: their digits, (M,).
+        neighbours: how many vote; all of fewer.
     """
-    chosen = np.random.default_rng(0).permutation(len(test_labels))[:LOOKED_UP]
-    vote = KNeighborsClassifier(min(neighbours, len(train_labels)), algorithm="brute")
-    accuracy = {}
-    for name, (known, asked) in spaces.items():
-        vote.fit(known.reshape(len(known), -1), train_labels)
-        asked = asked[chosen].reshape(len(chosen), -1)
-        accuracy[name] = float(vote.score(asked, test_labels[chosen]))
-    return accuracy
+    vote = KNeighborsClassifier(min(neighbours, len(train)), algorithm="brute")
+    vote.fit(train.reshape(len(train), -1), train_labels)
+    return float(vote.score(test.reshape(len(test), -1), test_labels))
+
+
+def logistic_accuracy(
+    train: np.ndarray,
+    train_labels: np.ndarray,
+    test: np.ndarray,
+    test_labels: np.ndarray,
+) -> float:
+    """Return how often a logistic regression on codes (N, D) names the right digit."""
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1_000))
+    return float(classifier.fit(train, train_labels).score(test, test_labels))
+
+
+def knn_bound(train_count: int, test_count: int, dimensions: int) -> float | None:
+    """Return the highest 5-NN accuracy of codes that follow the prior exactly.
+
+    If the codes of ten equally frequent digits follow the normal and each code belongs
+    to one digit, the digits divide the space into ten cells of probability 1/10, and
+    neighbours err near the borders. In nine dimensions or more, the division with the
+    least border gives each point to the nearest of ten vertices of a regular simplex
+    (Milman & Neeman 2018, arXiv:1805.10961). Ten unit vectors are such vertices, so the
+    cell is the number of the largest of ten coordinates. That the least border makes
+    the fewest errors is plausible where neighbours are close, but not proved.
+
+    Returns:
+        The accuracy among as many true draws as there are codes, or None for fewer
+        than ten dimensions.
+    """
+    if dimensions < NUM_CLASSES:
+        return None
+    rng = np.random.default_rng(0)
+    train = rng.standard_normal((train_count, dimensions), np.float32)
+    test = rng.standard_normal((test_count, dimensions), np.float32)
+    cells = [draws[:, :NUM_CLASSES].argmax(axis=1) for draws in (train, test)]
+    return knn_accuracy(train, cells[0], test, cells[1])
 
 
 def dimension_reduction(
-    train: Split,
-    test: Split,
-    train_means: np.ndarray,
-    test_means: np.ndarray,
-    signal: np.ndarray,
+    train: Split, test: Split, train_codes: np.ndarray, test_codes: np.ndarray
 ) -> dict[str, Any]:
-    """Compare codes with as many principal components: as all, and as the signal's.
+    """Compare codes with as many principal components.
 
     Args:
         train: images (N, 784), that PCA is fitted on, and labels if there are any.
         test: images (M, 784) and labels.
-        train_means: float32 (N, D), means of q(z|x).
-        test_means: float32 (M, D).
-        signal: bool (D,), the coordinates that carry more signal than noise.
+        train_codes: float32 (N, D), informative coordinates.
+        test_codes: float32 (M, D).
 
     Returns:
-        `pca_test_mse` by the number of components; `trustworthiness` of each space's
-        neighbourhoods against the images (Venna & Kaski 2001), in [0, 1], on `TRUSTED`
-        test images; `knn_accuracy`, None without labels.
+        `pca_test_mse` of D components; `trustworthiness` of the codes' and the
+        components' neighbourhoods against the images (Venna & Kaski 2001), in [0, 1],
+        on `TRUSTED` random test images; `knn_accuracy`, `logistic_accuracy`, and
+        `knn_bound` (see there), None without labels.
     """
-    spaces = {"code": (train_means, test_means)}
-    if signal.any():
-        spaces["signal"] = train_means[:, signal], test_means[:, signal]
-    errors = {}
-    for name in list(spaces):
-        pca = fit_pca(train.images, spaces[name][0].shape[1])
-        errors[str(pca.n_components_)] = pca_reconstruction_mse(pca, test.images)
-        spaces[f"pca_{name}"] = [pca.transform(s.images) for s in (train, test)]
-    trust = {
-        name: float(trustworthiness(test.images[:TRUSTED], codes[:TRUSTED]))
-        for name, (_, codes) in spaces.items()
+    pca = fit_pca(train.images, train_codes.shape[1])
+    spaces = {
+        "code": (train_codes, test_codes),
+        "pca": (pca.transform(train.images), pca.transform(test.images)),
     }
-    accuracy = None
+    some = np.random.default_rng(0).permutation(len(test.images))[:TRUSTED]
+    found: dict[str, Any] = {
+        "pca_test_mse": pca_reconstruction_mse(pca, test.images),
+        "trustworthiness": {
+            name: float(trustworthiness(test.images[some], codes[some]))
+            for name, (_, codes) in spaces.items()
+        },
+        "knn_accuracy": None,
+        "logistic_accuracy": None,
+        "knn_bound": None,
+    }
     if train.labels is not None:
+        found["logistic_accuracy"] = {
+            name: logistic_accuracy(known, train.labels, asked, test.labels)
+            for name, (known, asked) in spaces.items()
+        }
         spaces["pixels"] = train.images, test.images
-        accuracy = knn_accuracy(spaces, train.labels, test.labels)
-    return {"pca_test_mse": errors, "trustworthiness": trust, "knn_accuracy": accuracy}
+        found["knn_accuracy"] = {
+            name: knn_accuracy(known, train.labels, asked, test.labels)
+            for name, (known, asked) in spaces.items()
+        }
+        sizes = len(train_codes), *test_codes.shape
+        found["knn_bound"] = knn_bound(*sizes)
+    return found
 
 
 def tsne_map(codes: np.ndarray, seed: int) -> tuple[np.ndarray, float]:
@@ -141,34 +186,12 @@ def tsne_map(codes: np.ndarray, seed: int) -> tuple[np.ndarray, float]:
         verbose=True,
     )
     points = np.asarray(tsne.fit(codes))
-    trusted = trustworthiness(codes[:TRUSTED], points[:TRUSTED])
+    some = np.random.default_rng(seed).permutation(len(codes))[:TRUSTED]
+    trusted = trustworthiness(codes[some], points[some])
     return points, float(trusted)
 
 
 # Codes against the prior -------------------------------------------------------------
-
-
-def posterior(
-    encoder: keras.Model, images: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and standard deviation of q(z|x), float32 (N, D) each.
-
-    The encoder has a layer `mean` and, if it is Gaussian, a layer `log_variance`; a
-    deterministic one deviates by 0.
-    """
-    names = {layer.name for layer in encoder.layers} & {"mean", "log_variance"}
-    outputs = {name: encoder.get_layer(name).output for name in names}
-    network = keras.Model(encoder.inputs, outputs)
-    found = network.predict(images, batch_size=500, verbose=0)
-    mean = found["mean"]
-    if "log_variance" not in found:
-        return mean, np.zeros_like(mean)
-    return mean, np.exp(found["log_variance"] / 2)
-
-
-def signal_coordinates(means: np.ndarray, deviations: np.ndarray) -> np.ndarray:
-    """Return where means of q(z|x), (N, D), vary more than its noise: bool (D,)."""
-    return means.var(axis=0) > np.square(deviations).mean(axis=0)
 
 
 def prior_match(codes: np.ndarray) -> dict[str, Any]:
@@ -178,7 +201,6 @@ def prior_match(codes: np.ndarray) -> dict[str, Any]:
         `mmd`: squared maximum mean discrepancy, unbiased, inverse multiquadratic
         kernel C / (C + ||a - b||^2) with C = 2 D (Tolstikhin et al. 2018,
         arXiv:1711.01558), 0 on average for codes drawn from the prior.
-        `mean_abs_mean`, `std_min`, `std_max`: over the D coordinates.
         `ks_max`: of the D marginals the largest Kolmogorov-Smirnov distance to N(0, 1).
         `covariance_eigenvalue_min`, `covariance_eigenvalue_max`.
         `draws`: of each of these the least and the most that it was for `NULL_DRAWS`
@@ -201,15 +223,12 @@ def _prior_draws(count: int, dimensions: int) -> dict[str, list[float]]:
 def _against_prior(codes: np.ndarray, rng: np.random.Generator) -> dict[str, float]:
     # At random: the first half of MNIST's test images is the neater one.
     chosen = codes[rng.permutation(len(codes))[:MMD_SIZE]]
-    std, eigenvalues = codes.std(axis=0), covariance_eigenvalues(codes)
+    eigenvalues = covariance_eigenvalues(codes)
     share = scipy.special.ndtr(np.sort(codes, axis=0))  # under the prior
     ranks = np.arange(len(codes))[:, np.newaxis] / len(codes)
     above, below = share - ranks, ranks + 1 / len(codes) - share
     return {
         "mmd": _mmd_squared(chosen, rng.standard_normal(chosen.shape)),
-        "mean_abs_mean": float(np.abs(codes.mean(axis=0)).mean()),
-        "std_min": float(std.min()),
-        "std_max": float(std.max()),
         "ks_max": float(np.maximum(above, below).max()),
         "covariance_eigenvalue_min": float(eigenvalues[-1]),
         "covariance_eigenvalue_max": float(eigenvalues[0]),
@@ -253,21 +272,20 @@ def _mmd_squared(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def fresh_discriminator_accuracy(
-    discriminator: keras.Model,
-    means: np.ndarray,
-    deviations: np.ndarray,
-    test_codes: np.ndarray,
+    discriminator: keras.Model, train_codes: np.ndarray, test_codes: np.ndarray
 ) -> float:
     """Train a new discriminator on finished codes; judge it on test codes.
 
     Where it gets no further than 0.5, L_D was near equilibrium because the codes follow
     the prior, and not because the adversary lost track.
 
-    It maps codes (N, D) to logits (N, 1), and learns from means and deviations of
-    q(z|x), float32 (N, D), for the training images.
+    Args:
+        discriminator: untrained; maps codes (N, D) to logits (N, 1).
+        train_codes: of the training images, float32 (N, D).
+        test_codes: of the test images, float32 (M, D).
 
     Returns:
-        How often it tells test codes (M, D) from as many draws of the prior, in [0, 1].
+        How often it tells test codes from as many draws of the prior, in [0, 1].
     """
     rng = np.random.default_rng(1)
 
@@ -283,38 +301,30 @@ def fresh_discriminator_accuracy(
         jit_compile=False,  # compiling takes as long as it saves
     )
     for _ in range(FRESH_EPOCHS):
-        codes = means + deviations * rng.standard_normal(means.shape)
-        discriminator.fit(*draws_and(codes), batch_size=256, verbose=0)
+        discriminator.fit(*draws_and(train_codes), batch_size=256, verbose=0)
     return float(discriminator.evaluate(*draws_and(test_codes), verbose=0)[1])
 
 
 def match_prior(
     build_discriminator: Callable[[int], keras.Model],
-    posterior: tuple[np.ndarray, np.ndarray],
-    codes: np.ndarray,
-    signal: np.ndarray,
-) -> dict[str, dict[str, Any] | None]:
-    """Compare codes with the prior over all coordinates, and over those with signal.
+    train_codes: np.ndarray,
+    test_codes: np.ndarray,
+) -> dict[str, Any]:
+    """Compare codes of training and test images, (N, D) and (M, D), with the prior.
 
     Args:
         build_discriminator: makes a fresh discriminator for a number of dimensions.
-        posterior: mean and deviation of q(z|x) for training images, (N, D) each.
-        codes: of test images, (M, D).
-        signal: bool (D,).
+        train_codes: codes that the fresh discriminator learns from.
+        test_codes: codes that are measured.
 
     Returns:
-        Under "all" and "signal" what `prior_match` returns, and `fresh_discriminator`;
-        None where no coordinate has signal.
+        What `prior_match` returns of the test codes, and `fresh_discriminator`, the
+        accuracy of one (see `fresh_discriminator_accuracy`).
     """
-    match: dict[str, Any] = {"signal": None}
-    for name, kept in (("all", np.ones_like(signal)), ("signal", signal)):
-        if kept.any():
-            some, parts = codes[:, kept], [part[:, kept] for part in posterior]
-            keras.utils.set_random_seed(0)
-            judge = build_discriminator(some.shape[1])
-            accuracy = fresh_discriminator_accuracy(judge, *parts, some)
-            match[name] = prior_match(some) | {"fresh_discriminator": accuracy}
-    return match
+    keras.utils.set_random_seed(0)
+    judge = build_discriminator(test_codes.shape[1])
+    accuracy = fresh_discriminator_accuracy(judge, train_codes, test_codes)
+    return prior_match(test_codes) | {"fresh_discriminator": accuracy}
 
 
 # Samples -----------------------------------------------------------------------------

@@ -255,8 +255,8 @@ def q2_prior_match(
     own, prior = next(iter(spectra.values())), scipy.stats.chi2(dimensions)
     with _figure(path, 1, 3, (9, 3.2)) as (figure, (marginals, spectrum, lengths)):
         figure.suptitle(
-            f"Codes of {count:,} test digits in the {dimensions} signal coordinates: "
-            f"covariance eigenvalues {own[-1]:.2f} .. {own[0]:.2f}",
+            f"{dimensions} informative coordinates of {count:,} test codes: covariance "
+            f" eigenvalues {own[-1]:.2f} .. {own[0]:.2f}",
             fontsize=11,
         )
         limit = float(max(4.0, np.quantile(np.abs(codes), 0.999)))

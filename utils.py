@@ -33,6 +33,7 @@ for _name, _value in _before.items():
 if keras.backend.backend() != "tensorflow":
     raise ImportError("Keras has another backend: import this module before Keras")
 
+from files import describe_source, replacing, write_json  # noqa: E402
 from read_MNIST_M import DataError, Split  # noqa: E402
 
 try:
@@ -46,6 +47,7 @@ SIZES = {"training": (100, 2_000), "validation": (1, 200), "test": (20, 500)}
 # Options that say where things lie, and change no number.
 PLACES = {"data", "figures", "run_dir", "shared_dir", "resume", "updates_report"}
 SETTINGS, CHECKPOINT, LOCK = "settings.json", "checkpoint.npz", "lock"
+NETWORKS = "networks.json"  # data and networks that belong together
 PACKAGES = ("tensorflow", "keras", "numpy", "scikit-learn", "openTSNE", "matplotlib")
 
 
@@ -287,6 +289,14 @@ def predict(model: keras.Model, inputs: np.ndarray) -> np.ndarray:
     return model.predict(inputs.astype(np.float32), batch_size=500, verbose=0)
 
 
+def weights_digest(model: keras.Model) -> str:
+    """Return the SHA-256 of a model's weights, which tells networks apart."""
+    digest = hashlib.sha256()
+    for array in model.get_weights():
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
 # Training --------------------------------------------------------------------------
 
 
@@ -426,6 +436,13 @@ class RunFolder:
         for name, network in networks.items():
             with replacing(self.path / f"{name}.keras") as temporary:
                 network.save(temporary)
+        write_json(
+            self.path / NETWORKS,
+            {
+                "data": self.source["sha256"],
+                **{name: weights_digest(each) for name, each in networks.items()},
+            },
+        )
         if self.rows:
             draw(self.history)
 
@@ -524,52 +541,3 @@ class _Recorder(keras.callbacks.Callback):
             self.folder.record(self.model, row)
             text = ", ".join(f"{name} {value:.3g}" for name, value in losses.items())
             print(f"epoch {epoch + 1} of {epochs}, {seconds:.0f} s: {text}", flush=True)
-
-
-# Files -----------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a path beside a file, and rename it to the file when the block ends.
-
-    Its name ends the same. Where the block fails, the old file stays whole.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk does not say where
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write plain data as an indented JSON file."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def sources_path(path: str | os.PathLike) -> Path:
-    """Return where the sources of a built data file are recorded, beside it."""
-    path = Path(path)
-    return path.with_name(f"{path.stem}_sources.json")
-
-
-def describe_source(path: str | os.PathLike) -> dict[str, str]:
-    """Say where a data file comes from: `file`, `sha256` and `source`.
-
-    Of a file that `make_data.py` built and nobody changed since, also what it recorded.
-    """
-    path = Path(path)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    described = {"file": path.name, "sha256": digest}
-    with contextlib.suppress(OSError, ValueError):
-        record = json.loads(sources_path(path).read_text(encoding="utf-8"))
-        if isinstance(record, dict) and record.get("sha256") == digest:
-            return described | record
-    return described | {"source": "a file as given"}

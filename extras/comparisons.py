@@ -36,6 +36,7 @@ import plots
 import q1_cnn_autoencoder as q1
 import q2_aae as q2
 import report
+from files import describe_source, write_json
 from make_data import ensure_data
 from read_MNIST_M import Split, find_file, load_digits, load_mnist_m
 
@@ -362,7 +363,7 @@ def train_row(question_name: str, name: str, arguments: Sequence[str]) -> None:
     """
     question = QUESTIONS[question_name]
     base, row = base_options(question, arguments), question.rows[name]
-    options = row_options(name, row, base, utils.describe_source(base.data))
+    options = row_options(name, row, base, describe_source(base.data))
     splits = utils.prepare_splits(question.load(base), options)
     print(f"{name}: {row.title}", flush=True)
     # scikit-learn's own jobs stay here: on a cluster they would wait for other rows.
@@ -378,7 +379,7 @@ def train_row(question_name: str, name: str, arguments: Sequence[str]) -> None:
             "training_seconds": sum(epoch["seconds"] for epoch in run.rows),
             **question.measure(model, splits, run),
         }
-        utils.write_json(run.path / FINISHED, found)
+        write_json(run.path / FINISHED, found)
 
 
 def run_jobs(jobs: Sequence[Any], workers: int, cluster: str | None) -> None:

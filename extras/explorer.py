@@ -24,6 +24,7 @@ from scipy.special import expit, ndtr
 
 import metrics
 import q2_aae  # noqa: F401  registers what the models hold
+from files import replacing
 from read_MNIST_M import find_file, load_digits
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -280,7 +281,7 @@ def main() -> None:
     page = write_page(*collect(options))
     if len(page) > LIMIT:
         raise utils.UsageError(f"page: found {len(page)} bytes, expected {LIMIT}")
-    with utils.replacing(options.output) as temporary:
+    with replacing(options.output) as temporary:
         temporary.write_bytes(page)
     print(f"{options.output}: {len(page) / 1e6:.2f} MB.")
 
