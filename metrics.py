@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import scipy.linalg
 import scipy.special
+import scipy.stats
 from openTSNE import TSNE
 from scipy.spatial import geometric_slerp
 from sklearn.decomposition import PCA
@@ -224,12 +225,10 @@ def _against_prior(codes: np.ndarray, rng: np.random.Generator) -> dict[str, flo
     # At random: the first half of MNIST's test images is the neater one.
     chosen = codes[rng.permutation(len(codes))[:MMD_SIZE]]
     eigenvalues = covariance_eigenvalues(codes)
-    share = scipy.special.ndtr(np.sort(codes, axis=0))  # under the prior
-    ranks = np.arange(len(codes))[:, np.newaxis] / len(codes)
-    above, below = share - ranks, ranks + 1 / len(codes) - share
+    marginals = scipy.stats.ks_1samp(codes, scipy.stats.norm.cdf, method="asymp")
     return {
         "mmd": _mmd_squared(chosen, rng.standard_normal(chosen.shape)),
-        "ks_max": float(np.maximum(above, below).max()),
+        "ks_max": float(marginals.statistic.max()),
         "covariance_eigenvalue_min": float(eigenvalues[-1]),
         "covariance_eigenvalue_max": float(eigenvalues[0]),
     }
@@ -305,26 +304,44 @@ def fresh_discriminator_accuracy(
     return float(discriminator.evaluate(*draws_and(test_codes), verbose=0)[1])
 
 
-def match_prior(
+def compare_with_prior(
     build_discriminator: Callable[[int], keras.Model],
     train_codes: np.ndarray,
     test_codes: np.ndarray,
+    informative: int,
 ) -> dict[str, Any]:
-    """Compare codes of training and test images, (N, D) and (M, D), with the prior.
+    """Compare codes with the prior, over all coordinates and over the first ones.
 
     Args:
         build_discriminator: makes a fresh discriminator for a number of dimensions.
-        train_codes: codes that the fresh discriminator learns from.
-        test_codes: codes that are measured.
+        train_codes: codes that fresh discriminators learn from, float32 (N, D).
+        test_codes: codes that are measured, float32 (M, D).
+        informative: how many coordinates, the first ones, the encoder computes.
 
     Returns:
-        What `prior_match` returns of the test codes, and `fresh_discriminator`, the
-        accuracy of one (see `fresh_discriminator_accuracy`).
+        `prior_match` and `informative_match`: what `prior_match` returns, over all
+        coordinates and over the informative ones, and `fresh_discriminator`, the
+        accuracy of one. `fresh_discriminator_on_draws`: the accuracy of one that was
+        trained and judged on draws of the prior in place of informative coordinates.
     """
-    keras.utils.set_random_seed(0)
-    judge = build_discriminator(test_codes.shape[1])
-    accuracy = fresh_discriminator_accuracy(judge, train_codes, test_codes)
-    return prior_match(test_codes) | {"fresh_discriminator": accuracy}
+
+    def accuracy(train: np.ndarray, test: np.ndarray) -> float:
+        keras.utils.set_random_seed(0)
+        discriminator = build_discriminator(test.shape[1])
+        return fresh_discriminator_accuracy(discriminator, train, test)
+
+    def match(count: int) -> dict[str, Any]:
+        train, test = train_codes[:, :count], test_codes[:, :count]
+        return prior_match(test) | {"fresh_discriminator": accuracy(train, test)}
+
+    rng = np.random.default_rng(2)
+    draws = rng.standard_normal((len(train_codes) + len(test_codes), informative))
+    on_draws = accuracy(draws[: len(train_codes)], draws[len(train_codes) :])
+    matches = {"informative_match": match(informative)}
+    matches["prior_match"] = matches["informative_match"]
+    if informative < test_codes.shape[1]:
+        matches["prior_match"] = match(test_codes.shape[1])
+    return {**matches, "fresh_discriminator_on_draws": on_draws}
 
 
 # Samples -----------------------------------------------------------------------------

@@ -329,3 +329,7 @@ def q2_frontier(
         ):
             axes.plot([], [], marker, color=colour, label=label)
         axes.legend(loc="best")
+
+
+def check() -> None:
+    """Draw a small figure in memory, so that what can't be drawn is found early."""

@@ -10,7 +10,6 @@ principal component analysis with a code of the same size; it is the baseline.
 
 from __future__ import annotations
 
-import argparse
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,12 +19,14 @@ import utils  # first: it chooses Keras's backend
 
 import keras
 import numpy as np
+from sklearn.decomposition import PCA
 
 import metrics
 import plots
 import report
+from files import describe_source
 from make_data import ensure_data
-from read_MNIST_M import NUM_CLASSES, Split, find_file, load_mnist_m
+from read_MNIST_M import Split, find_file, load_mnist_m
 
 DATA = "MNIST_M.npy"
 CODE_DIM = 128
@@ -81,34 +82,20 @@ def build_autoencoder(
     return keras.Model(image, reconstruction, name="autoencoder")
 
 
-def compile_autoencoder(
-    autoencoder: keras.Model, learning_rate: float, epochs: int, steps: int
-) -> None:
-    """Give an autoencoder the least-squares loss and Adam.
-
-    Args:
-        autoencoder: as `build_autoencoder` returns it.
-        learning_rate: the highest, as in `utils.falling_rate`.
-        epochs: of the whole run.
-        steps: training steps in an epoch.
-    """
-    rate = utils.falling_rate(learning_rate, epochs, steps)
+def build_model(
+    settings: utils.Settings, schedule: utils.Schedule, activation: str = ACTIVATION
+) -> keras.Model:
+    """Build an autoencoder and give it the least-squares loss and Adam."""
+    keras.utils.set_random_seed(settings.seed)
+    autoencoder = build_autoencoder(settings.code_dim, activation)
+    rate = utils.falling_rate(settings.learning_rate, schedule)
     autoencoder.compile(
         keras.optimizers.Adam(rate, global_clipnorm=CLIP_NORM),
         loss="mse",
         jit_compile=False,  # XLA's convolutions are slow on a CPU
     )
+    # Adam's variables are made now, so that a checkpoint can be loaded into them.
     autoencoder.optimizer.build(autoencoder.trainable_variables)
-
-
-def build_model(
-    options: argparse.Namespace, images: np.ndarray, activation: str = ACTIVATION
-) -> keras.Model:
-    """Build and compile an autoencoder for training images, (N, 28, 28, 3)."""
-    keras.utils.set_random_seed(options.seed)
-    autoencoder = build_autoencoder(options.code_dim, activation)
-    steps = len(images) // options.batch_size
-    compile_autoencoder(autoencoder, options.learning_rate, options.epochs, steps)
     return autoencoder
 
 
@@ -117,91 +104,75 @@ def build_model(
 
 def evaluate(
     autoencoder: keras.Model,
+    pca: PCA,
     train: Split,
     test: Split,
-    errors: np.ndarray,
+    reconstructions: np.ndarray,
 ) -> dict[str, Any]:
     """Compare the autoencoder with PCA of the same training images, on test images.
 
-    Their squared errors are float32 (N, 28, 28, 3). What takes labels is None where
-    there are none.
+    `reconstructions` are of the test images, float32 (N, 28, 28, 3). What takes labels
+    is None where there are none.
     """
-    encoder = autoencoder.get_layer("encoder")
-    code_dim = encoder.output_shape[-1]
+    errors = np.square(reconstructions - test.images)
     test_mse = float(np.mean(errors, dtype=np.float64))
-    pca = metrics.fit_pca(train.images, code_dim)
-    found = {
+    return {
         "test_mse": test_mse,
         "test_psnr_db": report.psnr_db(test_mse),
         "pca_test_mse": metrics.pca_reconstruction_mse(pca, test.images),
         "mean_image_test_mse": metrics.mean_image_mse(train.images, test.images),
-        "code_dim": code_dim,
+        "code_dim": autoencoder.get_layer("encoder").output_shape[-1],
         "parameters": autoencoder.count_params(),
-        **dict.fromkeys(("digit_test_mse", "knn_accuracy")),
+        "knn_accuracy": neighbour_accuracy(autoencoder, pca, train, test),
     }
-    if train.labels is not None:
-        by_image = errors.mean(axis=(1, 2, 3), dtype=np.float64)
-        found["digit_test_mse"] = {
-            str(digit): float(by_image[test.labels == digit].mean())
-            for digit in range(NUM_CLASSES)
-            if (test.labels == digit).any()
-        }
-        pixels = [
-            split.images.reshape(len(split.images), -1) for split in (train, test)
-        ]
-        spaces = {
-            "cnn_code": [utils.predict(encoder, s.images) for s in (train, test)],
-            "pca_code": [pca.transform(each) for each in pixels],
-            "pixels": pixels,
-        }
-        # In 2,352 pixels the neighbours of all 10,000 test images take minutes.
-        some = np.random.default_rng(0).permutation(len(test.images))[:LOOKED_UP]
-        found["knn_accuracy"] = {
-            name: metrics.knn_accuracy(
-                known, train.labels, asked[some], test.labels[some]
-            )
-            for name, (known, asked) in spaces.items()
-        }
-    return found
+
+
+def neighbour_accuracy(
+    autoencoder: keras.Model, pca: PCA, train: Split, test: Split
+) -> dict[str, float] | None:
+    """Return how often five nearest neighbours name the digit, by what is compared."""
+    if train.labels is None:
+        return None
+    # In 2,352 pixels the neighbours of all 10,000 test images take minutes.
+    chosen = np.random.default_rng(0).permutation(len(test.images))[:LOOKED_UP]
+    images, labels = test.images[chosen], test.labels[chosen]
+    encoder = autoencoder.get_layer("encoder")
+    flat_train = train.images.reshape(len(train.images), -1)
+    flat_test = images.reshape(len(images), -1)
+    spaces = {
+        "cnn_code": (
+            utils.predict(encoder, train.images),
+            utils.predict(encoder, images),
+        ),
+        "pca_code": (pca.transform(flat_train), pca.transform(flat_test)),
+        "pixels": (flat_train, flat_test),
+    }
+    return {
+        name: metrics.knn_accuracy(known, train.labels, asked, labels)
+        for name, (known, asked) in spaces.items()
+    }
 
 
 # Figures ---------------------------------------------------------------------------
 
 
-def draw(
-    figures: Path, test: np.ndarray, reconstructions: np.ndarray, found: dict, seed: int
+def draw_reconstructions(
+    path: Path, test: np.ndarray, reconstructions: np.ndarray, seed: int
 ) -> None:
-    """Draw reconstructions, the best and worst of them, and where the error lies.
-
-    Test images and their reconstructions are float32 (N, 28, 28, 3), `found` the
-    metrics; `seed` chooses the images.
-    """
-
-    def grid(name: str, chosen: np.ndarray, title: str) -> None:
-        rows = test[chosen], reconstructions[chosen]
-        path = figures / f"q1_{name}.png"
-        plots.image_grid(path, rows, title, ("input", "output"))
-
+    """Draw random test images, float32 (N, 28, 28, 3), and their reconstructions."""
     chosen = np.random.default_rng(seed).permutation(len(test))[:SHOWN]
-    title = f"{len(chosen)} random test images above their reconstructions"
-    grid("reconstructions", chosen, title)
-
-    errors = np.square(reconstructions - test)
-    order = errors.mean(axis=(1, 2, 3)).argsort()
-    each = min(4, len(order) // 3)
-    middle = (len(order) - each) // 2
-    chosen = np.concatenate([order[:each], order[middle:][:each], order[-each:]])
-    title = f"The {each} best, {each} median and {each} worst test reconstructions"
-    grid("extremes", chosen, title)
-
-    by_digit, mse = found["digit_test_mse"], found["test_mse"]
-    plots.q1_errors(figures / "q1_errors.png", errors.mean(axis=(0, 3)), by_digit, mse)
+    images, restored = test[chosen], reconstructions[chosen]
+    error = np.abs(restored - images).mean(axis=-1, keepdims=True)
+    error = np.repeat(error, 3, axis=-1)  # in grey
+    title = f"{len(chosen)} random test images, their reconstructions, absolute error"
+    rows = images, restored, error
+    plots.image_grid(path, rows, title, ("input", "output", "error"))
 
 
 # Main ------------------------------------------------------------------------------
 
 
-def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_settings(arguments: Sequence[str] | None = None) -> utils.Settings:
     """Read the command line."""
     parser = utils.argument_parser(
         "Train a CNN autoencoder on MNIST-M.",
@@ -211,45 +182,59 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         learning_rate=LEARNING_RATE,
         code_dim=CODE_DIM,
     )
-    return utils.complete_options(parser.parse_args(arguments), "q1")
+    return utils.settings_from(parser.parse_args(arguments), "q1")
 
 
 def train_model(
-    run: utils.RunFolder, images: np.ndarray, valid: np.ndarray
-) -> keras.Model:
-    """Build and train an autoencoder; draw its loss beside PCA's."""
-    options = run.options
-    autoencoder = build_model(options, images)
-    pca = metrics.fit_pca(images, options.code_dim)
+    run: utils.RunFolder,
+    autoencoder: keras.Model,
+    train: np.ndarray,
+    valid: np.ndarray,
+    pca: PCA,
+) -> dict[str, np.ndarray]:
+    """Train an autoencoder; draw its loss beside PCA's, and return the history."""
     draw_loss = functools.partial(
         plots.q1_loss,
-        options.figures / "q1_loss.png",
+        run.figures / "q1_loss.png",
         pca_mse=metrics.pca_reconstruction_mse(pca, valid),
-        code_dim=options.code_dim,
+        code_dim=run.settings.code_dim,
     )
-    run.fit(autoencoder, {"autoencoder": autoencoder}, images, valid, draw_loss)
-    return autoencoder
+    return utils.fit(
+        run,
+        autoencoder,
+        optimizers=[autoencoder.optimizer],
+        networks={"autoencoder": autoencoder},
+        train=train,
+        valid=valid,
+        shown={"loss": "loss", "val_loss": "validation loss"},
+        draw=draw_loss,
+    )
 
 
 def main() -> None:
     """Answer question 1."""
-    options = parse_options()
-    options.data = find_file(options.data or ensure_data(DATA))
-    splits = utils.prepare_splits(load_mnist_m(options.data), options)
-    train_split, valid, test = splits
-    with utils.RunFolder(options) as run:
-        autoencoder = train_model(run, train_split.images, valid.images)
+    settings = parse_settings()
+    plots.check()
+    data = find_file(settings.data or ensure_data(DATA))
+    train, valid, test = utils.prepare_splits(load_mnist_m(data), data, settings.quick)
+    schedule = utils.training_schedule(settings, len(train.images), EPOCHS)
+    run = utils.RunFolder(settings, describe_source(data), schedule)
+    with run.in_use():
+        pca = metrics.fit_pca(train.images, settings.code_dim)
+        autoencoder = build_model(settings, schedule)
+        history = train_model(run, autoencoder, train.images, valid.images, pca)
         print("Measuring.", flush=True)
         reconstructions = utils.predict(autoencoder, test.images)
-        errors = np.square(reconstructions - test.images)
-        found = evaluate(autoencoder, train_split, test, errors)
-        found["validation_mse"] = float(run.history["val_loss"][-1])
-        draw(options.figures, test.images, reconstructions, found, options.seed)
-        run.write_metrics(found)
-    if options.updates_report:
+        measures = evaluate(autoencoder, pca, train, test, reconstructions)
+        measures["validation_mse"] = float(history["val_loss"][-1])
+        measures["code"] = utils.training_code(__file__)
+        path = run.figures / "q1_reconstructions.png"
+        draw_reconstructions(path, test.images, reconstructions, settings.seed)
+        run.write_metrics(measures, history)
+    if settings.updates_report:
         report.update()
-    print(f"Test MSE {found['test_mse']:.5f}, PCA {found['pca_test_mse']:.5f}.")
-    print(f"Figures and metrics are in {options.figures}.")
+    print(f"Test MSE {measures['test_mse']:.5f}, PCA {measures['pca_test_mse']:.5f}.")
+    print(f"Figures and metrics are in {run.figures}.")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""What both scripts share: command line, data, resumable training, files."""
+"""What both scripts share: command line, settings, data, resumable training."""
 
 from __future__ import annotations
 
 import argparse
 import builtins
 import contextlib
-import csv
+import dataclasses
 import hashlib
-import json
+import math
 import os
 import platform
 import shlex
@@ -17,23 +17,28 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NamedTuple, NoReturn
 
 # Keras and TensorFlow read these once, when they are first imported.
-_before = {n: os.environ.get(n) for n in ("KERAS_BACKEND", "TF_CPP_MIN_LOG_LEVEL")}
-os.environ.update(KERAS_BACKEND="tensorflow", TF_CPP_MIN_LOG_LEVEL="3")
+os.environ["KERAS_BACKEND"] = "tensorflow"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
-for _name, _value in _before.items():
-    os.environ.pop(_name)
-    if _value is not None:
-        os.environ[_name] = _value
 if keras.backend.backend() != "tensorflow":
     raise ImportError("Keras has another backend: import this module before Keras")
+# What a user's keras.json says must not change results.
+keras.config.set_floatx("float32")
+keras.config.set_image_data_format("channels_last")
+keras.config.set_epsilon(1e-7)
 
-from files import describe_source, replacing, write_json  # noqa: E402
+from files import (  # noqa: E402
+    code_digest,
+    read_json,
+    replacing,
+    write_json,
+)
 from read_MNIST_M import DataError, Split  # noqa: E402
 
 try:
@@ -44,10 +49,6 @@ except ImportError:  # Windows
 QUICK_EPOCHS = 5
 # Images in each split: at least, and with --quick.
 SIZES = {"training": (100, 2_000), "validation": (1, 200), "test": (20, 500)}
-# Options that say where things lie, and change no number.
-PLACES = {"data", "figures", "run_dir", "shared_dir", "resume", "updates_report"}
-SETTINGS, CHECKPOINT, LOCK = "settings.json", "checkpoint.npz", "lock"
-NETWORKS = "networks.json"  # data and networks that belong together
 PACKAGES = ("tensorflow", "keras", "numpy", "scikit-learn", "openTSNE", "matplotlib")
 
 
@@ -56,7 +57,57 @@ class UsageError(ValueError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run was interrupted that `--resume` goes on with."""
+    """A run was interrupted, and `--resume` continues it."""
+
+
+# Settings --------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a run is told, by the command line or by a row of the comparisons."""
+
+    name: str  # such as "q1"; the names of figures and metrics begin with it
+    data: Path | None  # None: the question's own file, which is built if missing
+    epochs: int | None  # None: as many as the script chooses for the data
+    batch_size: int  # images in a training step, at most
+    learning_rate: float  # of Adam, at its highest; question 2: of stage (a)
+    code_dim: int
+    seed: int  # of weights, order and noise
+    figures: Path  # folder for figures and metrics
+    run_dir: Path  # folder for checkpoint and networks
+    resume: bool  # whether to continue after the checkpoint in run_dir
+    quick: bool  # whether to use a few images only
+    updates_report: bool  # whether to refresh the report at the end
+    labels: Path | None = None  # question 2: the labels of a data file without any
+    control: bool = False  # question 2: whether to train the control
+
+
+class Schedule(NamedTuple):
+    """How long a run trains; it follows from settings and data."""
+
+    epochs: int
+    steps: int  # in an epoch
+    batch_size: int
+
+
+def training_schedule(
+    settings: Settings, count: int, epochs: int, least_steps: int = 0
+) -> Schedule:
+    """Return how long to train on `count` images.
+
+    Where the settings don't say otherwise, that is for a number of epochs, and for at
+    least a number of steps.
+    """
+    batch_size = min(settings.batch_size, count)
+    steps = count // batch_size
+    if settings.epochs is not None:
+        epochs = settings.epochs
+    elif settings.quick:
+        epochs = QUICK_EPOCHS
+    else:
+        epochs = max(epochs, math.ceil(least_steps / steps))
+    return Schedule(epochs, steps, batch_size)
 
 
 # Command line ----------------------------------------------------------------------
@@ -67,21 +118,30 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with the message."""
-        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+        line = " ".join(message.split())
+        self.exit(2, f"{self.prog}: {line} (see --help)\n")
 
 
-def _positive(convert: Callable[[str], float]) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        value = convert(text)
-        if not 0 < value < float("inf"):
-            raise ValueError
-        return value
+def number_in(
+    kind: type[int] | type[float], least: float, most: float
+) -> Callable[[str], float]:
+    """Return a reader of numbers in least..most, for argparse."""
 
-    parse.__name__ = f"positive {convert.__name__}"  # argparse names it in its error
-    return parse
+    def read(text: str) -> float:
+        number = kind(text)
+        if not least <= number <= most:
+            expected = f"expected {least}..{most}"
+            raise argparse.ArgumentTypeError(f"found {text}, {expected}")
+        return number
+
+    return read
 
 
-positive_int, positive_float = _positive(int), _positive(float)
+def path_name(text: str) -> Path:
+    """Read a path, which an unset variable would leave empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("found an empty path")
+    return Path(text)
 
 
 def argument_parser(
@@ -94,51 +154,45 @@ def argument_parser(
 ) -> OneLineParser:
     """Return a parser of the options that both scripts share, with their defaults."""
     parser = OneLineParser(description=description)
-    parser.set_defaults(full_epochs=epochs)
-    add = parser.add_argument
-    for flag, kind, default, unit, text in (
-        ("--data", str, None, "PATH", f"data file (default: {data}, built if missing)"),
-        (
-            *("--epochs", positive_int, None, "N"),
-            f"of training (default: {epochs}; with --quick {QUICK_EPOCHS})",
-        ),
-        ("--batch-size", positive_int, batch_size, "N", "images in a training step"),
-        ("--learning-rate", positive_float, learning_rate, "X", "of Adam, at most"),
-        ("--code-dim", positive_int, code_dim, "N", "dimensions of the code"),
-        ("--seed", int, 0, "N", "of weights, order and noise"),
-        ("--figures", Path, None, "DIR", "for figures and metrics (default: figures)"),
-        ("--run-dir", Path, None, "DIR", "for models (default: runs/QUESTION)"),
-    ):
-        if default is not None:
-            text += " (default: %(default)s)"
-        add(flag, type=kind, default=default, metavar=unit, help=text)
-    add("--resume", action="store_true", help="go on after the run's last checkpoint")
-    few = SIZES["training"][1]
-    text = f"try all on {few:,} images; what comes out goes to runs/quick"
+    add, count, default = parser.add_argument, number_in(int, 1, 10**9), "%(default)s"
+    text = f"data file (default: {data}, built if missing)"
+    add("--data", type=path_name, metavar="PATH", help=text)
+    text = f"of training (default: {epochs}; with --quick {QUICK_EPOCHS})"
+    add("--epochs", type=count, metavar="N", help=text)
+    text = f"images in a training step (default: {default})"
+    add("--batch-size", type=count, default=batch_size, metavar="N", help=text)
+    rate, text = number_in(float, 1e-12, 1e6), f"of Adam (default: {default})"
+    add("--learning-rate", type=rate, default=learning_rate, metavar="X", help=text)
+    size, text = number_in(int, 1, 10_000), f"of the code (default: {default})"
+    add("--code-dim", type=size, default=code_dim, metavar="N", help=text)
+    seed, text = number_in(int, 0, 2**31 - 1), f"of random numbers (default: {default})"
+    add("--seed", type=seed, default=0, metavar="N", help=text)
+    text = "for figures and metrics (default: figures)"
+    add("--figures", type=path_name, metavar="DIR", help=text)
+    text = "for checkpoint and networks (default: runs/QUESTION)"
+    add("--run-dir", type=path_name, metavar="DIR", help=text)
+    text = "continue after the run's last checkpoint"
+    add("--resume", action="store_true", help=text)
+    text = f"try everything on {SIZES['training'][1]:,} images, in runs/quick"
     add("--quick", action="store_true", help=text)
     return parser
 
 
-def complete_options(options: argparse.Namespace, name: str) -> argparse.Namespace:
-    """Fill in the defaults that depend on other options, and on the run's name.
+def settings_from(options: argparse.Namespace, name: str) -> Settings:
+    """Return the settings of the run `name` from parsed command-line options.
 
-    A full run whose figures go to their usual place `updates_report`.
-
-    Raises:
-        UsageError: the seed is out of range.
+    A full run whose figures go to their usual folder refreshes the report.
     """
-    if not 0 <= options.seed < 2**31:
-        raise UsageError(f"--seed: found {options.seed}, expected 0..{2**31 - 1}")
-    options.name, base = name, Path("runs/quick" if options.quick else "runs")
-    options.default_epochs = options.epochs is None and not options.quick
-    epochs = QUICK_EPOCHS if options.quick else options.full_epochs
-    options.epochs = options.epochs or epochs
-    options.updates_report = options.figures is None and not options.quick
-    usual = base / "figures" if options.quick else Path("figures")
-    options.figures = options.figures or usual
-    options.run_dir = options.run_dir or base / name
-    options.shared_dir = options.run_dir.parent  # of what all runs use
-    return options
+    base = Path("runs/quick") if options.quick else Path("runs")
+    values = vars(options) | {
+        "name": name,
+        "run_dir": options.run_dir or base / name,
+        "figures": options.figures,
+        "updates_report": options.figures is None and not options.quick,
+    }
+    if options.figures is None:
+        values["figures"] = base / "figures" if options.quick else Path("figures")
+    return Settings(**values)
 
 
 @contextlib.contextmanager
@@ -160,44 +214,28 @@ def _interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-@contextlib.contextmanager
-def _plain_settings() -> Iterator[None]:
-    """Put aside what a user's `keras.json` sets, and TensorFlow's warnings."""
-    config, logger = keras.config, tf.get_logger()
-    before = config.floatx(), config.image_data_format(), logger.level
-    config.set_floatx("float32")
-    config.set_image_data_format("channels_last")
-    logger.setLevel("ERROR")  # it warns of each new model's first trace
-    try:
-        yield
-    finally:
-        config.set_floatx(before[0])
-        config.set_image_data_format(before[1])
-        logger.setLevel(before[2])
-
-
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`; exit with 2 on a user's mistake, 130 if interrupted."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:  # no console
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        elif hasattr(stream, "reconfigure"):
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # letters that it can't show
+    tf.get_logger().setLevel("ERROR")  # it warns of each new model's first trace
     script = Path(sys.argv[0]).name
     try:
-        with _interruptible(), _plain_settings():
+        with _interruptible():
             main()
-            sys.stdout.flush()
+            print(end="", flush=True)  # fails here if nobody reads the output
     except (KeyboardInterrupt, BrokenPipeError) as error:
-        if BrokenPipeError in (type(error), type(error.__cause__)):
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  nobody reads on
+        # Python's last flush would fail where nobody reads the output any more.
+        with contextlib.suppress(OSError):
+            print(end="", flush=True)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         in_notebook = hasattr(builtins, "__IPYTHON__")
         words = ["%run", *sys.argv] if in_notebook else sys.orig_argv
         if isinstance(error, Interrupted) and "--resume" not in words:
             words = [*words, "--resume"]
         again = shlex.join(words)
-        print(f"\n{script}: interrupted; go on with: {again}", file=sys.stderr)
+        print(f"\n{script}: interrupted; continue with: {again}", file=sys.stderr)
         sys.exit(130)
     except (DataError, UsageError, OSError) as error:
         print(f"{script}: {' '.join(str(error).split())}", file=sys.stderr)
@@ -213,32 +251,29 @@ def unit_floats(images: np.ndarray) -> np.ndarray:
 
 
 def prepare_splits(
-    splits: Sequence[Split], options: argparse.Namespace
-) -> tuple[Split, ...]:
-    """Scale the images to [0, 1], float32; under `--quick` take the first ones only.
-
-    A batch size beyond the number of training images becomes that number.
+    splits: Sequence[Split], path: Path, quick: bool
+) -> tuple[Split, Split, Split]:
+    """Scale the images to [0, 1], float32; if `quick`, take the first ones only.
 
     Raises:
-        UsageError: a split has fewer images than training and measuring take, or all
-            training images are the same.
+        UsageError: a split of the file `path` has fewer images than training and
+            measuring take, or all training images are the same.
     """
     prepared = []
-    for (images, labels), (name, sizes) in zip(splits, SIZES.items(), strict=True):
-        least, quick = sizes
-        found = f"{options.data}: found {len(images)} {name} images"
+    for split, (name, sizes) in zip(splits, SIZES.items(), strict=True):
+        least, quick_size = sizes
+        images, labels = split
+        found = f"{path}: found {len(images)} {name} images"
         if len(images) < least:
             raise UsageError(f"{found}, expected {least} or more")
         if name == "training" and (images == images[0]).all():
             raise UsageError(f"{found} that are all the same")
-        first = slice(quick if options.quick else None)
-        labels = None if labels is None else labels[first]
-        prepared.append(Split(unit_floats(images[first]), labels))
-    count = len(prepared[0].images)
-    if options.batch_size > count:
-        print(f"--batch-size {count}: there are no more training images.")
-        options.batch_size = count
-    return tuple(prepared)
+        if quick:
+            images = images[:quick_size]
+            labels = None if labels is None else labels[:quick_size]
+        prepared.append(Split(unit_floats(images), labels))
+    train, valid, test = prepared
+    return train, valid, test
 
 
 Change = Callable[[np.ndarray, np.random.Generator], np.ndarray]
@@ -253,35 +288,40 @@ def shuffled_batches(
 ) -> tf.data.Dataset:
     """Return the batches of some epochs, each in an order that seed and epoch fix.
 
-    A run that is resumed at an epoch sees what a run never interrupted would see. The
-    N mod batch_size images that an epoch's order leaves over are dropped. `change`
-    makes of a batch of images another, at random.
+    So a resumed run sees what a run never interrupted would see. The N mod batch_size
+    images at the end of an epoch's order are dropped. `change` changes each batch.
 
     Returns:
         Pairs (x, x), float32 (batch_size, ...): an autoencoder's input and target.
     """
     used = len(images) // batch_size * batch_size
-    orders = [
-        np.random.default_rng([seed, epoch]).permutation(len(images))[:used]
-        for epoch in epochs
-    ]
     pixels = tf.constant(images)
+
+    def order(epoch: int) -> np.ndarray:
+        indices = np.random.default_rng([seed, epoch]).permutation(len(images))
+        return indices[:used].reshape(-1, batch_size)
 
     def changed(index: np.ndarray) -> np.ndarray:
         return change(images[index], np.random.default_rng(index))
 
-    # TensorFlow's own operations where they do: with Python's a step of question 1 took
-    # half as long again.
     def pick(index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         if change is None:
-            x = tf.gather(pixels, index)
+            x = tf.gather(
+                pixels, index
+            )  # numpy's own indexing takes half as long again
         else:
             x = tf.numpy_function(changed, [index], tf.float32)
         x = tf.ensure_shape(x, (batch_size, *images.shape[1:]))
         return x, x
 
-    indices = np.reshape(orders, (-1, batch_size))
-    return tf.data.Dataset.from_tensor_slices(indices).map(pick).prefetch(2)
+    indices = tf.data.Dataset.range(epochs.start, epochs.stop).flat_map(
+        lambda epoch: tf.data.Dataset.from_tensor_slices(
+            tf.ensure_shape(
+                tf.numpy_function(order, [epoch], tf.int64), (None, batch_size)
+            )
+        )
+    )
+    return indices.map(pick).prefetch(2)
 
 
 def predict(model: keras.Model, inputs: np.ndarray) -> np.ndarray:
@@ -300,15 +340,32 @@ def weights_digest(model: keras.Model) -> str:
 # Training --------------------------------------------------------------------------
 
 
-def falling_rate(
-    rate: float, epochs: int, steps: int
-) -> keras.optimizers.schedules.LearningRateSchedule:
-    """Return a rate that rises in the first epoch, then falls to 0 along a cosine.
+def training_code(script: str) -> str:
+    """Return a digest of the code that trains and measures a script's runs."""
+    files = [Path(__file__).with_name(name) for name in ("metrics.py", "utils.py")]
+    files += [Path(__file__).with_name("read_MNIST_M.py"), Path(script)]
+    return code_digest(file.read_text(encoding="utf-8") for file in files)
 
-    `rate` is the highest, `epochs` are the whole run's, `steps` an epoch's.
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that numbers depend on."""
+    packages = {package: version(package) for package in PACKAGES}
+    return {"python": platform.python_version(), **packages}
+
+
+def falling_rate(
+    rate: float, schedule: Schedule
+) -> keras.optimizers.schedules.LearningRateSchedule:
+    """Return a rate that rises to `rate` in the first epoch, then falls to 0.
+
+    It falls along half a period of the cosine (Loshchilov & Hutter 2017,
+    arXiv:1608.03983).
     """
     return keras.optimizers.schedules.CosineDecay(
-        0.0, max(1, (epochs - 1) * steps), warmup_target=rate, warmup_steps=steps
+        0.0,
+        max(1, (schedule.epochs - 1) * schedule.steps),
+        warmup_target=rate,
+        warmup_steps=schedule.steps,
     )
 
 
@@ -323,59 +380,75 @@ def damage_told(path: Path, expected: str) -> Iterator[None]:
 
 
 class RunFolder:
-    """A run's folder: settings, checkpoint and models; and its history.
+    """A run's folder: settings, checkpoint and networks; where its metrics go.
 
-    Used in a `with` block, within which no other run can use the folder. `rows` is the
-    history, an epoch each: "epoch", what the model logs, and "seconds".
-
-    Raises:
-        UsageError: on entering: `--resume` without a run, or with other settings or
-            data; or another run is at work in the folder.
+    Args:
+        settings: the run's.
+        source: what `describe_source` says of the data file.
+        schedule: as `training_schedule` returns it.
     """
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.path = options, options.run_dir
-        self.history_path = options.figures / f"{options.name}_history.csv"
-        self.checkpoint = self.path / CHECKPOINT
-        self.rows: list[dict[str, float]] = []
-        self.source = describe_source(options.data)
+    def __init__(
+        self, settings: Settings, source: Mapping[str, str], schedule: Schedule
+    ) -> None:
+        self.settings, self.source, self.schedule = settings, source, schedule
+        self.path, self.figures = settings.run_dir, settings.figures
+        self.checkpoint_path = self.path / "checkpoint.npz"
+        self.described = {
+            "epochs": schedule.epochs,
+            "batch_size": schedule.batch_size,
+            "learning_rate": settings.learning_rate,
+            "code_dim": settings.code_dim,
+            "seed": settings.seed,
+            "quick": settings.quick,
+            "control": settings.control,
+        }
 
-    def __enter__(self) -> RunFolder:
-        if self.options.resume and not (self.path / SETTINGS).exists():
-            raise UsageError(f"--resume: found no {self.path / SETTINGS}, expected one")
-        for folder in (self.path, self.options.figures):
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keep other runs out of the folder; compare settings with a run's to resume.
+
+        Raises:
+            UsageError: another run is at work here; or `--resume` without a run, or
+                with other settings or data.
+            Interrupted: instead of a `KeyboardInterrupt` in the block.
+        """
+        path = self.path / "settings.json"
+        if self.settings.resume and not path.exists():
+            raise UsageError(f"--resume: found no {path}, expected one")
+        for folder in (self.path, self.figures):
             folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as stack:
-            lock = stack.enter_context((self.path / LOCK).open("w"))
+        with (self.path / "lock").open("w") as lock:
+            self._take(lock)
+            self._compare_settings(path)
             try:
-                if fcntl is not None:  # the system drops the lock with the process
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(
-                    f"{self.path}: found another run at work in this folder, expected "
-                    "none (--run-dir names another)"
-                ) from None
-            self._settle()
-            self.unlock = stack.pop_all().close
-        return self
+                yield
+            except (KeyboardInterrupt, BrokenPipeError) as error:
+                raise Interrupted from error
 
-    def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
-        self.unlock()
-        if isinstance(error, (KeyboardInterrupt, BrokenPipeError)):
-            raise Interrupted from error
+    def _take(self, lock: IO[str]) -> None:
+        """Lock a file until it is closed or the process ends."""
+        try:
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"{self.path}: found another run at work in this folder, expected none "
+                "(--run-dir names another)"
+            ) from None
+        except OSError as error:
+            print(f"{self.path}: there are no locks here ({error.strerror}), so don't")
+            print("start a second run in this folder while this one is at work.")
 
-    def _settle(self) -> None:
+    def _compare_settings(self, path: Path) -> None:
         """Write the settings of a new run; compare those of a resumed one."""
-        own = PLACES | {"name", "full_epochs", "default_epochs"}
-        settings = {k: v for k, v in vars(self.options).items() if k not in own}
-        settings["data"] = self.source["sha256"]
-        path = self.path / SETTINGS
-        if not self.options.resume:
-            self.checkpoint.unlink(missing_ok=True)
+        settings = self.described | {"data": self.source["sha256"]}
+        if not self.settings.resume:
+            self.checkpoint_path.unlink(missing_ok=True)
             write_json(path, settings)
             return
         with damage_told(path, "settings of a run"):
-            before = dict(json.loads(path.read_text(encoding="utf-8")))
+            before = dict(read_json(path))
         for key, value in settings.items():
             if value != before.get(key):
                 raise UsageError(
@@ -383,161 +456,179 @@ class RunFolder:
                     f"{before.get(key)} as in the run so far"
                 )
 
-    @property
-    def history(self) -> dict[str, np.ndarray]:
-        """The rows as columns, a value an epoch."""
-        columns = self.rows[0] if self.rows else ()
-        return {key: np.array([row[key] for row in self.rows]) for key in columns}
-
-    def fit(
-        self,
-        model: keras.Model,
-        networks: Mapping[str, keras.Model],
-        train: np.ndarray,
-        valid: np.ndarray,
-        draw: Callable[[dict[str, np.ndarray]], None],
-        change: Change | None = None,
+    def save_checkpoint(
+        self, state: Sequence[keras.Variable], history: Sequence[Mapping[str, float]]
     ) -> None:
-        """Train a model, keeping checkpoints and the history; see `_Recorder`.
+        """Save all that training changes, and the history so far, an epoch a row."""
+        with replacing(self.checkpoint_path) as temporary:
+            np.savez(
+                temporary,
+                *[variable.numpy() for variable in state],
+                columns=list(history[0]),
+                history=[list(row.values()) for row in history],
+            )
 
-        Whether training ends or is interrupted, the networks are saved as NAME.keras,
-        and `draw` draws the history. The model is compiled, its optimizers are built;
-        the images are float32 (N, ...) in [0, 1].
+    def load_checkpoint(self, state: Sequence[keras.Variable]) -> list[dict]:
+        """Load the state; return the history, empty where there is no checkpoint.
 
         Raises:
-            UsageError: a loss is no longer finite, or the checkpoint is damaged.
+            UsageError: the checkpoint is damaged, or of another model.
         """
-        options = self.options
-        batch_size, seed = options.batch_size, options.seed
-        steps = len(train) // batch_size
-        done = self._restore(model, steps)
-        epochs = range(done, options.epochs)
-        print(f"Training: {options.epochs} epochs of {steps} steps.", flush=True)
-        try:
-            if done < options.epochs:
-                model.fit(
-                    shuffled_batches(train, batch_size, seed, epochs, change),
-                    epochs=options.epochs,
-                    initial_epoch=done,
-                    steps_per_epoch=steps,
-                    validation_data=(valid, valid),
-                    validation_batch_size=500,
-                    callbacks=[_Recorder(self)],
-                    shuffle=False,  # done
-                    verbose=0,
-                )
-        except (KeyboardInterrupt, BrokenPipeError):
-            self._finish(networks, draw)
-            raise
-        self._finish(networks, draw)
+        if not self.checkpoint_path.exists():
+            return []  # a new run, or one interrupted before its first epoch ended
+        with (
+            damage_told(self.checkpoint_path, "a checkpoint of this run"),
+            np.load(self.checkpoint_path, allow_pickle=False) as arrays,
+        ):
+            names = [name for name in arrays.files if name.startswith("arr_")]
+            for variable, name in zip(state, names, strict=True):
+                variable.assign(arrays[name])
+            columns = arrays["columns"].tolist()
+            return [
+                dict(zip(columns, row, strict=True))
+                for row in arrays["history"].tolist()
+            ]
 
-    def _finish(self, networks: Mapping[str, keras.Model], draw: Callable) -> None:
-        """Save the networks as they are; draw the history if there is any."""
+    def save_networks(self, networks: Mapping[str, keras.Model]) -> None:
+        """Save networks as NAME.keras, and what belongs together in networks.json."""
         for name, network in networks.items():
             with replacing(self.path / f"{name}.keras") as temporary:
                 network.save(temporary)
-        write_json(
-            self.path / NETWORKS,
-            {
-                "data": self.source["sha256"],
-                **{name: weights_digest(each) for name, each in networks.items()},
-            },
-        )
-        if self.rows:
-            draw(self.history)
+        digests = {name: weights_digest(each) for name, each in networks.items()}
+        content = {"data": self.source["sha256"], **digests}
+        write_json(self.path / "networks.json", content)
 
-    def _restore(self, model: keras.Model, steps_per_epoch: int) -> int:
-        """Load checkpoint and history if there are any; return the epochs done."""
-        if not self.checkpoint.exists():
-            return 0  # new, or interrupted before its first epoch ended
-        with (
-            damage_told(self.checkpoint, "a checkpoint of this run"),
-            np.load(self.checkpoint, allow_pickle=False) as arrays,
-        ):
-            for variable, name in zip(_variables(model), arrays.files, strict=True):
-                variable.assign(arrays[name])
-        # The weights' own step count, so that no second file can disagree with them.
-        done = int(model.optimizer.iterations) // steps_per_epoch
-        with (
-            damage_told(self.history_path, f"the history of {done} epochs"),
-            self.history_path.open(newline="", encoding="utf-8") as file,
-        ):
-            rows = [
-                {key: float(value) for key, value in row.items()}
-                for row in csv.DictReader(file)
-            ]
-            self.rows = rows[:done]
-            if len(self.rows) != done or any("seconds" not in row for row in rows):
-                raise ValueError(f"{len(rows)} of them")
-        print(f"Going on after epoch {done} of {self.checkpoint}.")
-        return done
-
-    def record(self, model: keras.Model, row: dict[str, float]) -> None:
-        """Add an epoch to the history and save it, then the checkpoint."""
-        self.rows.append(row)
-        with (
-            replacing(self.history_path) as temporary,
-            temporary.open("w", newline="", encoding="utf-8") as file,
-        ):
-            writer = csv.DictWriter(file, fieldnames=list(row))
-            writer.writeheader()
-            writer.writerows(self.rows)
-        # Last, so that a run killed in between finds no row of its history missing.
-        with replacing(self.checkpoint) as temporary:
-            np.savez(temporary, *[variable.numpy() for variable in _variables(model)])
+    def write_history(self, history: Mapping[str, np.ndarray]) -> None:
+        """Write the history, an epoch a row, beside the figures."""
+        with replacing(self.figures / f"{self.settings.name}_history.csv") as temporary:
+            np.savetxt(
+                temporary,
+                np.column_stack(list(history.values())),
+                fmt="%.9g",
+                delimiter=",",
+                header=",".join(history),
+                comments="",
+            )
 
     def write_metrics(
-        self, metrics: Mapping[str, Any], file_name: str | None = None
+        self, metrics: Mapping[str, Any], history: Mapping[str, np.ndarray]
     ) -> None:
         """Write the numbers, and where they come from, beside the figures."""
-        options, rows = self.options, self.rows
-        kept = ("epochs", "batch_size", "learning_rate", "quick")
-        complete = {
-            "training_seconds": sum(row["seconds"] for row in rows),
+        content = {
+            "training_seconds": float(history["seconds"].sum()),
             **metrics,
-            "data": self.source,
-            "settings": {key: vars(options)[key] for key in kept},
-            "seed": options.seed,
-            "versions": {"python": platform.python_version()}
-            | {package: version(package) for package in PACKAGES},
+            "data": dict(self.source),
+            "settings": self.described,
+            "seed": self.settings.seed,
+            "versions": versions(),
         }
-        name = file_name or f"{options.name}_metrics.json"
-        write_json(options.figures / name, complete)
+        write_json(self.figures / f"{self.settings.name}_metrics.json", content)
 
 
-def _variables(model: keras.Model) -> list[keras.Variable]:
-    """Return all that training changes: weights, random states, optimizers."""
-    owners = [model]
-    for value in vars(model).values():
-        if isinstance(value, keras.optimizers.Optimizer):
-            owners.append(value)
-    return [variable for owner in owners for variable in owner.variables]
+def fit(
+    run: RunFolder,
+    model: keras.Model,
+    optimizers: Sequence[keras.optimizers.Optimizer],
+    networks: Mapping[str, keras.Model],
+    train: np.ndarray,
+    valid: np.ndarray,
+    shown: Mapping[str, str],
+    draw: Callable[[dict[str, np.ndarray]], None],
+    change: Change | None = None,
+) -> dict[str, np.ndarray]:
+    """Train a model, or continue with it, saving checkpoints on the way.
+
+    Whether training ends or is interrupted, the networks are saved, the history is
+    written and `draw` draws it.
+
+    Args:
+        run: the run's folder.
+        model: compiled, its optimizers built; its images are float32 in [0, 1].
+        optimizers: all that train it; a checkpoint holds their states.
+        networks: what is saved at the end, by file name.
+        train: training images, (N, ...).
+        valid: validation images, (M, ...).
+        shown: labels of the losses that the screen shows, by the losses' names.
+        draw: draws the history.
+        change: changes a batch of images at random, before each step.
+
+    Returns:
+        The history, a value an epoch: "epoch", what the model reports, and "seconds".
+
+    Raises:
+        UsageError: a loss is no longer finite, or the checkpoint is damaged.
+    """
+    schedule, seed = run.schedule, run.settings.seed
+    state = list(model.variables)
+    for optimizer in optimizers:
+        state += optimizer.variables
+    rows = run.load_checkpoint(state)
+    done = len(rows)
+    if done:
+        print(f"Continuing after epoch {done} of {run.checkpoint_path}.")
+    print(f"Training: {schedule.epochs} epochs of {schedule.steps} steps.", flush=True)
+
+    def finish() -> dict[str, np.ndarray]:
+        run.save_networks(networks)
+        if not rows:
+            return {}
+        history = {key: np.array([row[key] for row in rows]) for key in rows[0]}
+        run.write_history(history)
+        draw(history)
+        return history
+
+    epochs = range(done, schedule.epochs)
+    try:
+        if epochs:
+            model.fit(
+                shuffled_batches(train, schedule.batch_size, seed, epochs, change),
+                epochs=schedule.epochs,
+                initial_epoch=done,
+                steps_per_epoch=schedule.steps,
+                validation_data=(valid, valid),
+                validation_batch_size=500,
+                callbacks=[_Recorder(run, state, rows, shown)],
+                shuffle=False,  # shuffled_batches has done it
+                verbose=0,
+            )
+    except (KeyboardInterrupt, BrokenPipeError):
+        finish()
+        raise
+    return finish()
 
 
 class _Recorder(keras.callbacks.Callback):
-    """Records each epoch, some thirty times with a checkpoint and a word."""
+    """Records each epoch; some thirty times saves a checkpoint and prints a line."""
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(
+        self,
+        run: RunFolder,
+        state: Sequence[keras.Variable],
+        rows: list[dict[str, float]],
+        shown: Mapping[str, str],
+    ) -> None:
         super().__init__()
-        self.folder = folder
+        self.run, self.state, self.rows, self.shown = run, state, rows, shown
 
     def on_epoch_begin(self, epoch: int, logs: Mapping | None = None) -> None:
         self.started = time.perf_counter()
 
     def on_epoch_end(self, epoch: int, logs: Mapping | None = None) -> None:
-        losses = {key: float(value) for key, value in logs.items()}
-        for name, value in losses.items():
-            if not np.isfinite(value):
+        for name, value in logs.items():
+            if not math.isfinite(value):
                 raise UsageError(
                     f"{name}: found {value} in epoch {epoch + 1}, expected a finite "
                     "number (is --learning-rate too large?)"
                 )
-        seconds = time.perf_counter() - self.started
-        row = {"epoch": epoch + 1, **losses, "seconds": seconds}
-        epochs = self.folder.options.epochs
-        if (epoch + 1) % max(1, epochs // 30) and epoch + 1 < epochs:
-            self.folder.rows.append(row)  # hundreds of checkpoints would take long
-        else:
-            self.folder.record(self.model, row)
-            text = ", ".join(f"{name} {value:.3g}" for name, value in losses.items())
-            print(f"epoch {epoch + 1} of {epochs}, {seconds:.0f} s: {text}", flush=True)
+        losses = {name: float(value) for name, value in logs.items()}
+        seconds, done = time.perf_counter() - self.started, epoch + 1
+        self.rows.append({"epoch": done, **losses, "seconds": seconds})
+        epochs = self.run.schedule.epochs
+        # Hundreds of checkpoints would take long.
+        if done % max(1, epochs // 30) == 0 or done == epochs:
+            self.run.save_checkpoint(self.state, self.rows)
+            left = (epochs - done) * seconds
+            left = f"{left / 60:.0f} min" if left >= 60 else f"{left:.0f} s"
+            values = [f"{self.shown[name]} {losses[name]:.3g}" for name in self.shown]
+            text = f"epoch {done} of {epochs}, {left} left: {', '.join(values)}"
+            print(text, flush=True)
