@@ -1,4 +1,4 @@
-"""Files: replaced whole or not at all, JSON, and where a data file comes from."""
+"""Files: replaced whole or not at all, JSON, and where data and numbers come from."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+PACKAGES = ("tensorflow", "keras", "numpy", "scikit-learn", "openTSNE", "matplotlib")
 
 
 @contextlib.contextmanager
@@ -100,3 +104,16 @@ def describe_source(path: str | os.PathLike) -> dict[str, str]:
     if isinstance(record, dict) and record.get("sha256") == digest:
         return described | record
     return described
+
+
+def training_code(script: str) -> str:
+    """Return a digest of the code that trains and measures a script's runs."""
+    names = "read_MNIST_M.py", "utils.py", "metrics.py", Path(script).name
+    paths = [Path(script).with_name(name) for name in names]
+    return code_digest(path.read_text(encoding="utf-8") for path in paths)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that numbers depend on."""
+    found = {package: version(package) for package in PACKAGES}
+    return {"python": platform.python_version(), **found}

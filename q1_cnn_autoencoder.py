@@ -24,7 +24,7 @@ from sklearn.decomposition import PCA
 import metrics
 import plots
 import report
-from files import describe_source
+from files import describe_source, training_code
 from make_data import ensure_data
 from read_MNIST_M import Split, find_file, load_mnist_m
 
@@ -227,7 +227,7 @@ def main() -> None:
         reconstructions = utils.predict(autoencoder, test.images)
         measures = evaluate(autoencoder, pca, train, test, reconstructions)
         measures["validation_mse"] = float(history["val_loss"][-1])
-        measures["code"] = utils.training_code(__file__)
+        measures["code"] = training_code(__file__)
         path = run.figures / "q1_reconstructions.png"
         draw_reconstructions(path, test.images, reconstructions, settings.seed)
         run.write_metrics(measures, history)

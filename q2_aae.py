@@ -38,7 +38,7 @@ from scipy import ndimage
 import metrics
 import plots
 import report
-from files import describe_source, replacing
+from files import describe_source, replacing, training_code
 from make_data import ensure_data
 from read_MNIST_M import Split, find_file, load_digits
 
@@ -565,7 +565,7 @@ def main() -> None:
         measures = measure(run, model, train, test)
         measures["loss_discriminator"] = float(history["discriminator_loss"][-1])
         measures["loss_encoder"] = float(history["encoder_loss"][-1])
-        measures["code"] = utils.training_code(__file__)
+        measures["code"] = training_code(__file__)
         run.write_metrics(measures, history)
     if settings.updates_report:
         report.update()

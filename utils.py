@@ -9,13 +9,11 @@ import dataclasses
 import hashlib
 import math
 import os
-import platform
 import shlex
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn
 
@@ -33,12 +31,7 @@ keras.config.set_floatx("float32")
 keras.config.set_image_data_format("channels_last")
 keras.config.set_epsilon(1e-7)
 
-from files import (  # noqa: E402
-    code_digest,
-    read_json,
-    replacing,
-    write_json,
-)
+from files import read_json, replacing, versions, write_json  # noqa: E402
 from read_MNIST_M import DataError, Split  # noqa: E402
 
 try:
@@ -49,7 +42,6 @@ except ImportError:  # Windows
 QUICK_EPOCHS = 5
 # Images in each split: at least, and with --quick.
 SIZES = {"training": (100, 2_000), "validation": (1, 200), "test": (20, 500)}
-PACKAGES = ("tensorflow", "keras", "numpy", "scikit-learn", "openTSNE", "matplotlib")
 
 
 class UsageError(ValueError):
@@ -306,9 +298,8 @@ def shuffled_batches(
 
     def pick(index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         if change is None:
-            x = tf.gather(
-                pixels, index
-            )  # numpy's own indexing takes half as long again
+            # With numpy's indexing a step of question 1 took half as long again.
+            x = tf.gather(pixels, index)
         else:
             x = tf.numpy_function(changed, [index], tf.float32)
         x = tf.ensure_shape(x, (batch_size, *images.shape[1:]))
@@ -338,19 +329,6 @@ def weights_digest(model: keras.Model) -> str:
 
 
 # Training --------------------------------------------------------------------------
-
-
-def training_code(script: str) -> str:
-    """Return a digest of the code that trains and measures a script's runs."""
-    files = [Path(__file__).with_name(name) for name in ("metrics.py", "utils.py")]
-    files += [Path(__file__).with_name("read_MNIST_M.py"), Path(script)]
-    return code_digest(file.read_text(encoding="utf-8") for file in files)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that numbers depend on."""
-    packages = {package: version(package) for package in PACKAGES}
-    return {"python": platform.python_version(), **packages}
 
 
 def falling_rate(

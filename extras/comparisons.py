@@ -39,7 +39,14 @@ import plots
 import q1_cnn_autoencoder as q1
 import q2_aae as q2
 import report
-from files import code_digest, describe_source, read_json, write_json
+from files import (
+    code_digest,
+    describe_source,
+    read_json,
+    training_code,
+    versions,
+    write_json,
+)
 from make_data import ensure_data
 from read_MNIST_M import find_file, load_digits, load_mnist_m
 
@@ -199,7 +206,7 @@ def what_makes(settings: utils.Settings, question: str) -> dict[str, Any]:
         "seed": settings.seed,
         "quick": settings.quick,
         "data": describe_source(settings.data)["sha256"],
-        "code": utils.training_code(SCRIPTS[question].__file__),
+        "code": training_code(SCRIPTS[question].__file__),
     }
     if question == "q1":
         made_by["activation"] = row.activation
@@ -276,7 +283,7 @@ def train_row(base: utils.Settings, question: str, name: str) -> None:
         "long": not row.short,
         "seed": settings.seed,
         "made_by": made_by,
-        "versions": utils.versions(),
+        "versions": versions(),
         "code": made_by["code"],
         "data": made_by["data"],
         "commit": current_commit(),
