@@ -271,7 +271,10 @@ def _mmd_squared(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def fresh_discriminator_accuracy(
-    discriminator: keras.Model, train_codes: np.ndarray, test_codes: np.ndarray
+    discriminator: keras.Model,
+    train_codes: np.ndarray,
+    test_codes: np.ndarray,
+    digits: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> float:
     """Train a new discriminator on finished codes; judge it on test codes.
 
@@ -282,14 +285,21 @@ def fresh_discriminator_accuracy(
         discriminator: untrained; maps codes (N, D) to logits (N, 1).
         train_codes: of the training images, float32 (N, D).
         test_codes: of the test images, float32 (M, D).
+        digits: of training and test images, one-hot (N, 10) and (M, 10), if the
+            discriminator sees them beside a code or draw, as (N, D + 10).
 
     Returns:
         How often it tells test codes from as many draws of the prior, in [0, 1].
     """
     rng = np.random.default_rng(1)
+    train_digits, test_digits = digits or (None, None)
 
-    def draws_and(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def draws_and(
+        codes: np.ndarray, digits: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
         both = np.concatenate([rng.standard_normal(codes.shape), codes])
+        if digits is not None:
+            both = np.concatenate([both, np.tile(digits, (2, 1))], axis=1)
         is_draw = np.repeat([1.0, 0.0], len(codes))[:, np.newaxis]
         return both.astype(np.float32), is_draw.astype(np.float32)
 
@@ -300,8 +310,12 @@ def fresh_discriminator_accuracy(
         jit_compile=False,  # compiling takes as long as it saves
     )
     for _ in range(FRESH_EPOCHS):
-        discriminator.fit(*draws_and(train_codes), batch_size=256, verbose=0)
-    return float(discriminator.evaluate(*draws_and(test_codes), verbose=0)[1])
+        discriminator.fit(
+            *draws_and(train_codes, train_digits), batch_size=256, verbose=0
+        )
+    return float(
+        discriminator.evaluate(*draws_and(test_codes, test_digits), verbose=0)[1]
+    )
 
 
 def compare_with_prior(

@@ -162,9 +162,7 @@ class AdversarialAutoencoder(keras.Model):
     def __init__(self, code_dim: int = CODE_DIM, recipe: Recipe = DEFAULT) -> None:
         super().__init__()
         self.recipe = recipe
-        self.encoder = build_encoder(code_dim, recipe)
-        self.decoder = build_decoder(code_dim, recipe)
-        self.discriminator = build_discriminator(code_dim, recipe)
+        self.build_networks(code_dim)
         self.seed_generator = keras.random.SeedGenerator()
         names = "reconstruction_loss", "discriminator_loss", "encoder_loss", "mse"
         self.means = [keras.metrics.Mean(name) for name in names]
@@ -201,6 +199,12 @@ class AdversarialAutoencoder(keras.Model):
         self.encoder_optimizer.apply(tape.gradient(loss_enc, variables), variables)
 
         return self.update_means(x, x_hat, loss_d, loss_enc)
+
+    def build_networks(self, code_dim: int) -> None:
+        """Build encoder, decoder and discriminator; a variant builds others."""
+        self.encoder = build_encoder(code_dim, self.recipe)
+        self.decoder = build_decoder(code_dim, self.recipe)
+        self.discriminator = build_discriminator(code_dim, self.recipe)
 
     def compile(self, learning_rate: float, schedule: utils.Schedule) -> None:
         """Give each stage its Adam; `learning_rate` is that of (a), at its peak."""
@@ -243,7 +247,7 @@ class AdversarialAutoencoder(keras.Model):
 
     def sample_prior(self, count: tf.Tensor | int) -> tf.Tensor:
         """Draw z ~ p(z), the standard normal, float32 (count, code_dim)."""
-        shape = count, self.decoder.input_shape[-1]
+        shape = count, self.encoder.output_shape[-1]
         return keras.random.normal(shape, seed=self.seed_generator)
 
     def test_step(self, data: tuple[tf.Tensor, tf.Tensor]) -> dict[str, tf.Tensor]:
@@ -294,16 +298,19 @@ EQUILIBRIUM = {"discriminator_loss": 2 * math.log(2), "encoder_loss": -math.log(
 
 
 def augment(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Turn, shear, scale and move digits (N, 784) a little, each in its own way."""
-    changed, centre = np.empty_like(images), np.full(2, 13.5)
-    for number, image in enumerate(images.reshape(-1, 28, 28)):
+    """Turn, shear, scale and move digits a little, each in its own way.
+
+    What stands beside the 784 pixels of an image stays as it is.
+    """
+    changed, centre = images.copy(), np.full(2, 13.5)
+    for number, image in enumerate(images[:, :PIXELS].reshape(-1, 28, 28)):
         turn = rng.uniform(-math.pi / 18, math.pi / 18)
         shear, scale_y, scale_x = rng.uniform(-0.1, 0.1, 3)
         rotation = [[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]]
         matrix = rotation @ np.array([[1, shear], [0, 1]]) * np.exp([scale_y, scale_x])
         offset = centre - matrix @ centre + rng.uniform(-1.5, 1.5, 2)
         moved = ndimage.affine_transform(image, matrix, offset, order=1)
-        changed[number] = moved.ravel()
+        changed[number, :PIXELS] = moved.ravel()
     return changed
 
 
@@ -510,10 +517,10 @@ def map_codes(
 # Main ------------------------------------------------------------------------------
 
 
-def parse_settings(arguments: Sequence[str] | None = None) -> utils.Settings:
-    """Read the command line."""
+def option_parser(description: str) -> utils.OneLineParser:
+    """Return a parser of question 2's options."""
     parser = utils.argument_parser(
-        "Train an adversarial autoencoder on MNIST digits.",
+        description,
         data=DATA,
         epochs=EPOCHS,
         batch_size=BATCH_SIZE,
@@ -522,6 +529,12 @@ def parse_settings(arguments: Sequence[str] | None = None) -> utils.Settings:
     )
     text = "labels of a data file without (default: label.npy beside it, if there)"
     parser.add_argument("--labels", type=utils.path_name, metavar="PATH", help=text)
+    return parser
+
+
+def parse_settings(arguments: Sequence[str] | None = None) -> utils.Settings:
+    """Read the command line."""
+    parser = option_parser("Train an adversarial autoencoder on MNIST digits.")
     text = "train the same formulas on a deterministic encoder, as a baseline"
     parser.add_argument("--control", action="store_true", help=text)
     options = parser.parse_args(arguments)

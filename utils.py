@@ -315,9 +315,12 @@ def shuffled_batches(
     return indices.map(pick).prefetch(2)
 
 
-def predict(model: keras.Model, inputs: np.ndarray) -> np.ndarray:
-    """Return what a model makes, float32 (N, ...), of inputs (N, ...), in batches."""
-    return model.predict(inputs.astype(np.float32), batch_size=500, verbose=0)
+def predict(
+    model: keras.Model, inputs: np.ndarray | Sequence[np.ndarray]
+) -> np.ndarray:
+    """Return what a model makes, float32 (N, ...), of its inputs, (N, ...) each."""
+    inputs = keras.tree.map_structure(np.float32, inputs)
+    return model.predict(inputs, batch_size=500, verbose=0)
 
 
 def weights_digest(model: keras.Model) -> str:

@@ -92,16 +92,18 @@ class VariationalAutoencoder(q2.AdversarialAutoencoder):
 
     BETA = 1.0  # weight of the divergence from the prior (Higgins et al. 2017)
 
-    def __init__(self, code_dim: int, recipe: q2.Recipe) -> None:
-        super().__init__(code_dim, recipe)
+    def build_networks(self, code_dim: int) -> None:
+        """Build an encoder that draws from q(z|x), and the default's other networks."""
         image = keras.Input((q2.PIXELS,))
-        hidden = q2.hidden_layers(image, recipe.hidden)
+        hidden = q2.hidden_layers(image, self.recipe.hidden)
         mean = keras.layers.Dense(code_dim, name="informative")(hidden)
         log_variance = keras.layers.Dense(code_dim, name="log_variance")(hidden)
         code = Sampling()([mean, log_variance])
         self.encoder = keras.Model(image, code, name="encoder")
-        self.posterior = keras.Model(image, [code, mean, log_variance])
         self.mean_encoder = keras.Model(image, mean)
+        self.posterior = keras.Model(image, [code, mean, log_variance])
+        self.decoder = q2.build_decoder(code_dim, self.recipe)
+        self.discriminator = q2.build_discriminator(code_dim, self.recipe)
 
     def train_step(self, data: tuple[tf.Tensor, tf.Tensor]) -> dict[str, tf.Tensor]:
         """Take a step up the evidence bound on a batch x, float32 (N, 784)."""
