@@ -26,6 +26,12 @@ def sha256(content):
     return hashlib.sha256(content).hexdigest()
 
 
+def encoded(pixels, kind="PNG"):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
 def test_blend_inverts_a_crop_inside_the_digit():
     digits, _ = tiny_digits()
     digits = digits[:50]
@@ -92,12 +98,10 @@ def test_photographs_held_out_are_behind_test_images_alone(tmp_path, small_digit
     for value in (10, 100, 200):
         Image.new("RGB", (30, 30), (value,) * 3).save(tmp_path / f"{value:03}.png")
     make_data.build(tmp_path, tmp_path, names=["MNIST_M.npy"], hold_out=1)
-    corners = [
-        set(split.images[:, 0, 0, 0])
-        for split in load_mnist_m(tmp_path / "MNIST_M.npy")
-    ]
+    path = tmp_path / "MNIST_M.npy"
+    corners = [set(split.images[:, 0, 0, 0]) for split in load_mnist_m(path)]
     assert corners == [{100, 200}, {100, 200}, {10}]
-    source = describe_source(tmp_path / "MNIST_M.npy")["backgrounds"]
+    source = describe_source(path)["backgrounds"]
     assert source.endswith("1 of them behind test images alone")
     with pytest.raises(DataError, match="found 3 photographs, expected over 3"):
         make_data.build(tmp_path / "new", tmp_path, hold_out=3)
@@ -144,22 +148,22 @@ def test_what_is_no_file_is_told_and_not_replaced(tmp_path, refused, kind):
 
 def test_course_is_200_of_each_digit_in_order(tmp_path, small_digits, monkeypatch):
     monkeypatch.setattr(make_data, "COURSE_COUNT", 100)  # there are fewer than 200
-    for folder, seed in (("a", "0"), ("b", "0"), ("c", "1")):
-        make_data.main(["--course", "--out", str(tmp_path / folder), "--seed", seed])
-    a, b, c = (np.load(tmp_path / name / "data.npy") for name in ("a", "b", "c"))
-    assert (a.shape, a.dtype, a.min(), a.max()) == ((1000, 784), np.float32, 0, 1)
-    np.testing.assert_array_equal(a, b)
-    assert (a != c).any()
-    labels = np.load(tmp_path / "a" / "label.npy")
+    for seed in ("0", "1"):
+        make_data.main(["--course", "--out", str(tmp_path / seed), "--seed", seed])
+    path = tmp_path / "0" / "data.npy"
+    images, other = np.load(path), np.load(tmp_path / "1" / "data.npy")
+    assert (images.shape, images.dtype) == ((1000, 784), np.float32)
+    assert (images.min(), images.max()) == (0, 1)
+    assert (images != other).any()
+    labels = np.load(tmp_path / "0" / "label.npy")
     assert labels.dtype == np.uint8
     np.testing.assert_array_equal(labels, np.repeat(np.arange(10), 100))
     known = {x.tobytes(): y for x, y in zip(*small_digits[0], strict=True)}
-    pixels = np.rint(a * 255).astype(np.uint8)
+    pixels = np.rint(images * 255).astype(np.uint8)
     assert [known[image.tobytes()] for image in pixels] == list(labels)
     assert len(np.unique(pixels, axis=0)) > 990
-    described = describe_source(tmp_path / "a" / "data.npy")
-    assert described["source"] == "built by make_data.py --course"
-    splits = load_digits(tmp_path / "a" / "data.npy")
+    assert describe_source(path)["source"] == "built by make_data.py --course"
+    splits = load_digits(path)
     assert [set(np.bincount(split.labels)) for split in splits] == [{84}, {2}, {14}]
 
 
@@ -168,9 +172,7 @@ def test_archive_is_verified_and_its_failure_told(tmp_path, capsys, monkeypatch,
     path, jpegs = tmp_path / "photographs.tgz", []
     with tarfile.open(path, "w:gz") as tar:
         for number in range(2):
-            jpeg = io.BytesIO()
-            Image.fromarray(photograph(number)).save(jpeg, "JPEG")
-            jpegs.append(jpeg.getvalue())
+            jpegs.append(encoded(photograph(number), "JPEG"))
             member = tarfile.TarInfo(f"{make_data.BSDS_FOLDER}{number}.jpg")
             member.size = len(jpegs[-1])
             tar.addfile(member, io.BytesIO(jpegs[-1]))
@@ -207,18 +209,12 @@ def test_digits_that_are_not_mnist_are_refused(monkeypatch, small_digits, code, 
         make_data.find_digits()
 
 
-def png_of(pixels):
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
 @pytest.mark.parametrize(
     ("name", "content", "found"),
     [
-        ("small.png", png_of(photograph(0, 20, 50)), "20x50"),
-        ("cut.png", png_of(photograph(0))[:-500], "truncated"),
-        ("bomb.png", png_of(photograph(0, 60, 60)), "decompression bomb"),
+        ("small.png", encoded(photograph(0, 20, 50)), "20x50"),
+        ("cut.png", encoded(photograph(0))[:-500], "truncated"),
+        ("bomb.png", encoded(photograph(0, 60, 60)), "decompression bomb"),
         ("broken.jpg", b"not a photograph", "cannot identify"),
         ("notes.txt", b"no photograph", "no photograph"),
     ],

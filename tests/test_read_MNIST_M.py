@@ -102,14 +102,12 @@ def test_images_of_nothing_but_0_and_1_are_black_and_white(tmp_path, kind):
     save_pairs(path, [((images > 99).astype(kind), labels) for images, labels in PAIRS])
     for split, images in zip(load_mnist_m(path), IMAGES, strict=True):
         np.testing.assert_array_equal(split.images, 255 * (images > 99))
-
-
-@pytest.mark.parametrize("kind", [np.uint8, np.int64, np.float32])
-def test_range_is_that_of_the_whole_file(tmp_path, kind):
-    pairs = [(images.astype(kind), labels) for images, labels in PAIRS]
+    # The range is that of the whole file: here 0..255, though one split is black.
+    pairs = [((images // 2).astype(kind), labels) for images, labels in PAIRS]
     pairs[1][0][:] = 1
-    save_pairs(tmp_path / "x.npy", pairs)
-    assert load_mnist_m(tmp_path / "x.npy")[1].images.max() == 1
+    if kind is not bool:
+        save_pairs(path, pairs)
+        assert load_mnist_m(path)[1].images.max() == 1
 
 
 def save_plain(folder, labels=None, shape=(784,), count=700):
@@ -151,9 +149,7 @@ def test_plain_array_with_labels_splits_each_digit_in_proportion(tmp_path):
     assert sorted(np.concatenate(places(splits))) == list(range(2000))
     threes = places(splits)[1][splits[1].labels == 3]
     assert list(threes) == list(np.flatnonzero(labels == 3)[::70])
-
-
-def test_few_images_of_each_digit_split_by_their_place(tmp_path):
+    # Too few of each digit: by their place in the file.
     splits = load_digits(save_plain(tmp_path, np.arange(20) % 10, count=20))
     assert [list(split.labels) for split in splits[1:]] == [[0], [6, 3]]
 
@@ -175,7 +171,6 @@ def test_labels_are_read_from_a_file_of_their_own(tmp_path, tiny_data):
     ("labels", "found"),
     [
         (np.arange(699) % 10, r"shape \(699,\)"),
-        (np.zeros((700, 10)), "not one-hot"),
         (np.tile([2, -1] + [0] * 8, (700, 1)), "not one-hot"),
         (np.full(700, np.nan), "values outside 0..9"),
         (objects([0] * 700), "Python objects"),
@@ -267,7 +262,6 @@ DIGITS = np.ones((5, 784), np.uint8)
         (header_saying("__import__('os').system('touch it_ran')"), "bad data"),
         (header_of((10**9, 784)) + bytes(1000), "greater than file size"),
         (header_of((7, 784)) + bytes(7 * 784 + 1), "more bytes than shape"),
-        (header_of((0, 784)), "shape (0, 784)"),
         (header_of((3, 784)) + bytes(3 * 784), "3 images"),
         (npy_of(np.full((7, 784), np.nan)), "values nan"),
         (npy_of(np.full((7, 784), 1.5)), "1.5 in the array"),
@@ -276,7 +270,6 @@ DIGITS = np.ones((5, 784), np.uint8)
         (header_of((7, 784), "<U1") + bytes(7 * 784 * 4), "type <U1"),
         (npy_of({"images": IMAGES[0]}), "EMPTY_DICT"),
         (npy_of(objects(IMAGES)), "a ndarray in place of 2 items"),
-        (npy_of(objects([(DIGITS, [LABELS[0]])] * 3)), "a list in place of"),
         (npy_of(objects([(DIGITS, LABELS[1])] * 3)), "shape (2,) for labels of train"),
         (npy_of(objects([IMAGES[0][0]] * 700)), "700 items in place of 3"),
         (header_of((3,), "|O") + FULL.replace(b"K\x02K", b"K\xffK"), "not fill"),
