@@ -308,7 +308,7 @@ SAMPLES = [
 ]
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=120, deadline=None, derandomize=True)
 @given(
     sample=st.sampled_from(SAMPLES),
     place=st.integers(-700, 700),  # between the two ends are pixels alone
