@@ -49,7 +49,6 @@ BSDS_URL = (
     "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/"
     "BSR/BSR_bsds500.tgz"
 )
-BSDS_MD5 = "0b17383ff0b21fe43d2f28e624203169"
 BSDS_FOLDER = "BSR/BSDS500/data/images/train/"
 BSDS_TRAIN_SHA256 = "b626d29a9653bf7a573863ad2470032b8d6e01a04a88d1c1e4b599055eb60e71"
 BSDS_NAME = "the 200 BSDS500 training photographs"
@@ -59,23 +58,16 @@ Photographs = tuple[list[np.ndarray], str]  # and where they come from
 
 
 def ensure_data(path: str | os.PathLike) -> Path:
-    """Build a data file if it is missing.
-
-    Args:
-        path: of `MNIST_M.npy` or `data.npy`; a file of another name is not built.
-
-    Returns:
-        The path to read: of a file whose name is in other case, if that is there.
+    """Build `MNIST_M.npy` or `data.npy` if it is missing; return the path to read.
 
     Raises:
         DataError: as `build` and `find_file` raise it.
     """
     path = find_file(path)
-    names = [name for name in NAMES if name.lower() == path.name.lower()]
-    if names and not path.exists():
-        print(f"{path} is missing: building it takes a minute or two.", flush=True)
-        build(path.parent, names=names)
-    return find_file(path)
+    if not path.exists():
+        print(f"Building {path.name}, which is missing: a minute or two.", flush=True)
+        build(path.parent, names=[path.name])
+    return path
 
 
 def build(
@@ -93,8 +85,7 @@ def build(
 
     Args:
         folder: where the files go.
-        backgrounds: a folder of photographs; by default BSDS500's are downloaded,
-            and where that fails the two that scikit-learn ships are used.
+        backgrounds: the folder that `find_backgrounds` takes.
         seed: of the crops; the same seed and photographs give the same bytes.
         names: of the files to write, of `MNIST_M.npy` and `data.npy`.
         hold_out: photographs behind test images alone; 0: all, behind all images.
@@ -106,26 +97,27 @@ def build(
     if not missing:
         return
     ((images, labels), test), digits_source = find_digits()
-    train, valid = slice(None, -VALID_SIZE), slice(-VALID_SIZE, None)
-    parts = [(images[train], labels[train]), (images[valid], labels[valid]), test]
+    train = images[:-VALID_SIZE], labels[:-VALID_SIZE]
+    valid = images[-VALID_SIZE:], labels[-VALID_SIZE:]
+    splits = (train, valid, test)
     sources = {"source": "built by make_data.py", "digits": digits_source}
     if "data.npy" in missing:
-        pairs = [(images.reshape(-1, 784), labels) for images, labels in parts]
+        pairs = [(images.reshape(-1, 784), labels) for images, labels in splits]
         _save(Path(folder) / "data.npy", np.fromiter(pairs, object), sources)
     if "MNIST_M.npy" in missing:
         photographs, photographs_source = find_backgrounds(backgrounds)
-        seen, unseen = photographs[hold_out:], photographs[:hold_out] or photographs
-        if not seen:
+        if hold_out >= len(photographs):
             found = f"{len(photographs)} photographs"
             raise DataError(f"--hold-out: found {found}, expected over {hold_out}")
+        seen = unseen = photographs
+        if hold_out:
+            unseen, seen = photographs[:hold_out], photographs[hold_out:]
+            photographs_source += f", {hold_out} of them behind test images alone"
         print("Laying the digits over the photographs.", flush=True)
         rng = np.random.RandomState(seed)  # its stream is frozen across numpy versions
-        behind = zip(parts, (seen, seen, unseen), strict=True)
-        pairs = [
-            (blend(images, some, rng), labels) for (images, labels), some in behind
-        ]
-        if hold_out:
-            photographs_source += f", {hold_out} of them behind test images alone"
+        pairs = []
+        for (images, labels), behind in zip(splits, (seen, seen, unseen), strict=True):
+            pairs.append((blend(images, behind, rng), labels))
         sources |= {"backgrounds": photographs_source, "seed": str(seed)}
         _save(Path(folder) / "MNIST_M.npy", np.fromiter(pairs, object), sources)
 
@@ -135,23 +127,23 @@ def build_course(folder: str | os.PathLike = ".", seed: int = 0) -> None:
 
     `data.npy` holds 200 of MNIST's training images of each digit, sorted by digit, as a
     plain array, float32 0..1, (2000, 784); `label.npy` their digits, uint8 (2000,).
-    If one of the two is there, none is written: they belong together.
-
-    Args:
-        folder: where the files go.
-        seed: of the choice of images.
+    If one of the two is there, none is written: they belong together. `seed` decides
+    which images are chosen.
 
     Raises:
         DataError: the digits can't be had.
     """
     data, label = Path(folder) / "data.npy", Path(folder) / "label.npy"
-    if any([_is_there(data), _is_there(label)]):
+    there = [path for path in (data, label) if _is_there(path)]
+    if there:
         print("Nothing is written: data.npy and label.npy belong together.")
         return
     ((images, one_hot), _), digits_source = find_digits()
     rng = np.random.RandomState(seed)
-    places = map(np.flatnonzero, one_hot.T)  # digit by digit
-    chosen = [rng.choice(place, COURSE_COUNT, replace=False) for place in places]
+    chosen = []
+    for digit in range(NUM_CLASSES):
+        places = np.flatnonzero(one_hot[:, digit])
+        chosen.append(rng.choice(places, COURSE_COUNT, replace=False))
     pixels = images[np.concatenate(chosen)].reshape(-1, 784) / np.float32(255)
     labels = np.repeat(np.arange(NUM_CLASSES, dtype=np.uint8), COURSE_COUNT)
     with replacing(label) as temporary:
@@ -161,10 +153,10 @@ def build_course(folder: str | os.PathLike = ".", seed: int = 0) -> None:
 
 
 def _is_there(path: Path) -> bool:
-    """Say whether a file is there, in any spelling; tell the user if so."""
+    """Look for a file, whatever the case of its name; print a line if it is there."""
     found = find_file(path)
     if found.exists():
-        print(f"{found} is there and stays as it is.")
+        print(f"{found.name} is there and stays as it is.")
     return found.exists()
 
 
@@ -172,7 +164,7 @@ def _save(path: Path, content: np.ndarray, sources: dict[str, str]) -> None:
     with replacing(path) as temporary:
         np.save(temporary, content, allow_pickle=True)
     write_json(sources_path(path), sources | {"sha256": _sha256(path.read_bytes())})
-    print(f"Wrote {path}.")
+    print(f"Wrote {path.name}.")
     for key, value in sources.items():
         print(f"  {key}: {value}")
 
@@ -201,9 +193,6 @@ def blend(
     return np.where(digits[..., np.newaxis] > 0, 255 - crops, crops)
 
 
-# Digits ----------------------------------------------------------------------------
-
-
 def find_digits() -> tuple[Digits, str]:
     """Get MNIST from Keras's cache or download, else from a wheel on the registry.
 
@@ -223,8 +212,6 @@ def find_digits() -> tuple[Digits, str]:
         try:
             with _socket_timeout():
                 (images, labels), (test_images, test_labels) = read()
-            if not images.dtype == test_images.dtype == np.uint8:
-                raise DataError(f"digits of type {images.dtype}, expected uint8")
             _verify("training digits", MNIST_TRAIN_SHA256, images.tobytes())
             _verify("test digits", MNIST_TEST_SHA256, test_images.tobytes())
         except Exception as error:
@@ -259,15 +246,10 @@ def _digits_from_wheel() -> Digits:
     )
 
 
-# Photographs -----------------------------------------------------------------------
-
-
 def find_backgrounds(folder: str | os.PathLike | None = None) -> Photographs:
-    """Get photographs from a folder, the BSDS500 archive or scikit-learn.
+    """Get photographs from a folder of .jpg or .png files.
 
-    Args:
-        folder: a folder of .jpg or .png files; None for BSDS500's archive and, where
-            that can't be had, the two photographs that scikit-learn ships.
+    Without one, BSDS500's are downloaded; where that fails, scikit-learn's two serve.
 
     Returns:
         Photographs, each uint8 (H, W, 3), and where they come from.
@@ -311,13 +293,13 @@ def _photographs_from_folder(folder: Path) -> Photographs:
 def _photographs_from_archive() -> Photographs:
     # A folder that goes away: a download cut off half-way leaves nothing behind.
     with tempfile.TemporaryDirectory() as folder, _socket_timeout():
-        archive = keras.utils.get_file(
-            origin=BSDS_URL, file_hash=BSDS_MD5, cache_dir=folder
-        )
+        archive = keras.utils.get_file(origin=BSDS_URL, cache_dir=folder)
         # Read in memory, never unpacked: names and links in it lead nowhere.
         with tarfile.open(archive) as tar:
-            members = (m for m in tar if m.isfile() and m.name.startswith(BSDS_FOLDER))
-            files = {member.name: tar.extractfile(member).read() for member in members}
+            files = {}
+            for member in tar:
+                if member.isfile() and member.name.startswith(BSDS_FOLDER):
+                    files[member.name] = tar.extractfile(member).read()
     names = sorted(name for name in files if name.endswith(".jpg"))
     _verify("photographs", BSDS_TRAIN_SHA256, *(files[name] for name in names))
     photographs = [_decode(files[name], name) for name in names]
@@ -341,9 +323,6 @@ def _decode(content: bytes, name: str) -> np.ndarray:
         found = "x".join(map(str, photograph.shape[:2]))
         raise DataError(f"{name}: found {found} pixels, expected {expected}")
     return photograph
-
-
-# Shared ----------------------------------------------------------------------------
 
 
 def _sha256(*parts: bytes) -> str:
@@ -373,17 +352,19 @@ def _one_line(error: Exception) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Build the data that the command line asks for."""
-    parser = OneLineParser(prog="make_data.py", description=__doc__.split("\n\n")[0])
-    add, either = parser.add_argument, parser.add_mutually_exclusive_group()
+    about = "Build MNIST_M.npy and data.npy where they are not given."
+    parser = OneLineParser(description=about)
+    either = parser.add_mutually_exclusive_group()
     text = "photographs (default: BSDS500's, downloaded, or else scikit-learn's two)"
     either.add_argument("--backgrounds", metavar="DIR", help=f"folder of {text}")
     text = "write data.npy and label.npy as the course has them: 2,000 images"
     either.add_argument("--course", action="store_true", help=text)
-    add("--out", metavar="DIR", default=".", help="where to write (default: here)")
+    text = "where to write (default: here)"
+    parser.add_argument("--out", metavar="DIR", default=".", help=text)
     text = "of the crops, or of the choice of 2,000 images (default: 0)"
-    add("--seed", type=int, metavar="N", default=0, help=text)
+    parser.add_argument("--seed", type=int, metavar="N", default=0, help=text)
     text = "photographs that are behind test images alone (default: 0)"
-    add("--hold-out", type=int, metavar="N", default=0, help=text)
+    parser.add_argument("--hold-out", type=int, metavar="N", default=0, help=text)
     options = parser.parse_args(arguments)
     if not 0 <= options.seed < 2**32:
         parser.error(f"--seed: found {options.seed}, expected 0..{2**32 - 1}")

@@ -1,25 +1,21 @@
 """Read `MNIST_M.npy` and `data.npy` into checked train, validation and test splits.
 
-Both files come from strangers. The course's `MNIST_M.npy` holds a pickled object array,
-and unpickling runs whatever a hostile file asks for. So numpy is given no pickle: it is
-scanned for the few opcodes that arrays need, then read by an unpickler that builds
-inert stand-ins, and numpy sees only their checked bytes.
+No file is trusted. `MNIST_M.npy` holds a pickled object array, and unpickling runs
+whatever a hostile file asks for. So the pickle's opcodes are scanned, for some could
+fill the memory; then it is read by an unpickler that builds inert stand-ins for arrays;
+and numpy sees only their checked bytes.
 """
 
-from __future__ import annotations
-
-import filecmp
-import functools
+import contextlib
 import io
 import math
 import os
 import pickle
 import pickletools
 import warnings
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,10 +24,20 @@ VALID_SIZE = 1_000  # of the training images, where a source has no validation i
 Shapes = tuple[tuple[int, ...], ...]  # of an image; the first one is returned
 MNIST_M_SHAPES = ((28, 28, 3), (3, 28, 28))
 DIGIT_SHAPES = ((784,), (28, 28), (28, 28, 1), (1, 28, 28))
-PAIRS = "three (images, labels) pairs: train, valid, test"
-NPZ_MEMBERS = ("x_train.npy", "y_train.npy", "x_test.npy", "y_test.npy")
-MAX_ARRAY = 2**29  # bytes of an array in a .npz file; MNIST's, as float64, take 2**28.5
-
+IMAGES = "images (whole numbers 0..255 or float 0..1), or three pairs, of the shapes"
+LABELS = "labels 0..9, integers (N,) or (N, 1) or one-hot (N, 10)"
+ROUNDING = 1e-3  # accepted beyond both ends of a range of floats, relative to its end
+OTHER_FORMATS = {  # by the bytes that their files start with
+    b"version https://git-lfs": "a git-LFS pointer (run git lfs pull)",
+    b"\x80": "a bare pickle (save it by numpy.save)",
+    b"\x1f\x8b": "a gzip file",
+    b"BZh": "a bzip2 file",
+    b"\xfd7zXZ": "an xz file",
+    b"PK": "a zip or .npz archive",
+    b"\x89PNG": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"\x89HDF": "an HDF5 file",
+}
 MAX_OPCODES = 10_000  # a file of three pairs takes about a hundred
 SAFE_OPCODES = frozenset(
     {"PROTO", "FRAME", "MARK", "STOP", "NONE", "NEWTRUE", "NEWFALSE"}
@@ -46,144 +52,191 @@ SAFE_NAMES = frozenset(
     {"numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"}
     | {"numpy.ndarray", "numpy.dtype", "_codecs.encode"}
 )
-NUMERIC_CODES = {"b1"} | {kind + size for kind in "uif" for size in "1248"}
+NUMERIC_CODES = ["b1", "u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8"]
 
 
 class Split(NamedTuple):
-    """Images and labels of one split.
+    """Images and labels of one split."""
 
-    Attributes:
-        images: uint8 in 0..255, (N, 28, 28, 3) for MNIST-M, (N, 784) for digits.
-        labels: int64 in 0..9, (N,), or None where the file has none.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray | None
+    images: np.ndarray  # uint8 0..255, (N, 28, 28, 3) for MNIST-M, (N, 784) for digits
+    labels: np.ndarray | None  # int64 0..9, (N,), or None where the file has none
 
 
 class DataError(ValueError):
     """A data file is not what it should be; one line: file, found, expected."""
 
+    def __init__(self, message: str) -> None:
+        # Names and content may hold line ends, terminal codes, bytes that are no UTF-8.
+        super().__init__("".join(c if c.isprintable() else "?" for c in message))
+
 
 def load_mnist_m(path: str | os.PathLike = "MNIST_M.npy") -> tuple[Split, Split, Split]:
-    """Read MNIST-M (Ganin et al. 2016, arXiv:1505.07818).
+    """Read the train, validation and test splits of MNIST-M (arXiv:1505.07818).
 
     Args:
         path: a `.npy` file with three (images, labels) pairs, train, validation and
             test, pickled by Python 2 or 3: images (N, 28, 28, 3) or (N, 3, 28, 28),
-            whole numbers 0..255 of any type or float 0..1; labels one-hot (N, 10) or
-            integers (N,) or (N, 1). Or a plain array of images, without labels, which
-            is split as `load_digits` says.
-
-    Returns:
-        Train, validation and test splits, images uint8 (N, 28, 28, 3).
+            float 0..1 or whole numbers 0..255 (or 0 and 1, for black and white);
+            labels one-hot (N, 10) or integers (N,) or (N, 1). Or a plain array of
+            images, without labels, which is split as `load_digits` says.
 
     Raises:
         DataError: the file is missing, damaged, hostile or of another shape.
     """
-    path, content = _read(path, MNIST_M_SHAPES)
-    if isinstance(content, list):
-        return _check_pairs(content, MNIST_M_SHAPES, path)
-    return _split(_check_images(content, MNIST_M_SHAPES, path, "the array"), None, path)
+    path = find_file(path)
+    with _refusals_told(path, f"a .npy file of {IMAGES} {MNIST_M_SHAPES}"):
+        content = _read(path)
+        if isinstance(content, list):
+            return _check_pairs(content, MNIST_M_SHAPES)
+        images = _check_images(content, MNIST_M_SHAPES, "the array", [content])
+        return _split(images, None)
 
 
 def load_digits(
     path: str | os.PathLike = "data.npy", labels: str | os.PathLike | None = None
 ) -> tuple[Split, Split, Split]:
-    """Read MNIST digits.
+    """Read the train, validation and test splits of MNIST's digits.
+
+    Of a plain array, image i is for test where i mod 7 = 6, for validation where i mod
+    70 = 0, else for training. With labels, i counts the images of the same digit, so
+    that each split holds each digit in proportion (unless no digit has seven images).
 
     Args:
-        path: a `.npy` file with three (images, labels) pairs as for `load_mnist_m`,
-            images (N, 784), (N, 28, 28), (N, 28, 28, 1) or (N, 1, 28, 28); or a plain
-            array of such images; or Keras's `mnist.npz`, whose last 1,000 training
-            images (the last tenth of 1,000 or fewer) are for validation.
+        path: as for `load_mnist_m`, with images (N, 784), (N, 28, 28), (N, 28, 28, 1)
+            or (N, 1, 28, 28).
         labels: a `.npy` file with the labels of a plain array, shaped as in a pair;
             None for `label.npy` in the same folder, if there is one.
 
-    Returns:
-        Train, validation and test splits, images uint8 (N, 784). Of a plain array,
-        image i is for test where i mod 7 = 6, for validation where i mod 70 = 0, else
-        for training. With labels, i counts the images of the same digit, so that each
-        split holds each digit in proportion (unless no digit has seven images).
-
     Raises:
-        DataError: a file is missing, damaged, hostile or of another shape, or `labels`
-            is given for a file that has its own.
+        DataError: as for `load_mnist_m`; or there are two sources of labels.
     """
-    path, content = _read(path, DIGIT_SHAPES)
-    if isinstance(content, list):
-        if labels is not None:
-            raise _wrong(path, "labels of its own", f"none besides {labels}")
-        return _check_pairs(content, DIGIT_SHAPES, path)
-    images = _check_images(content, DIGIT_SHAPES, path, "the array")
-    if labels is None:
-        labels = find_file(path.with_name("label.npy"))
-        if not labels.exists():
-            return _split(images, None, path)
-    labels_path, numbers = _read(labels, None)
-    what = f"the labels of {path.name}"
-    return _split(images, _check_labels(numbers, len(images), labels_path, what), path)
+    path = find_file(path)
+    with _refusals_told(path, f"a .npy file of {IMAGES} {DIGIT_SHAPES}"):
+        content = _read(path)
+        if isinstance(content, list):
+            if labels is not None:
+                raise _Refused(f"labels of its own beside those of {labels}")
+            return _check_pairs(content, DIGIT_SHAPES)
+        images = _check_images(content, DIGIT_SHAPES, "the array", [content])
+        beside = path.with_name("label.npy")
+        labels_path = find_file(beside if labels is None else labels)
+        if labels is None and not labels_path.exists():
+            return _split(images, None)
+        with _refusals_told(labels_path, f"a .npy file of {len(images)} {LABELS}"):
+            digits = _read(labels_path, may_hold_pairs=False)
+            digits = _check_labels(digits, len(images), "the array")
+        return _split(images, digits)
 
 
 def find_file(path: str | os.PathLike) -> Path:
     """Find a file whatever the case of its name: `MNIST_M.npy` as `Mnist_M.npy`.
 
     Returns:
-        The file of exactly this name if there is one, else one in the same folder
-        whose name differs only in case; `path` itself where there is none.
+        `path` if it exists, else the first file in sorted order whose name differs
+        only in case; `path` if there is none.
 
     Raises:
-        DataError: there are several, and their bytes differ.
+        DataError: it is a folder or a device, or links to a file that is not there.
     """
     path = Path(path)
-    # os.walk tells nothing of a folder that it may not list, instead of failing.
-    _, _, names = next(os.walk(path.parent), ("", [], []))
-    names.sort(key=lambda name: (name != path.name, name))
-    alike = [path.with_name(n) for n in names if n.lower() == path.name.lower()]
-    files = [file for file in alike if file.is_file()]
-    for other in files[1:]:
-        is_itself = os.path.samefile(files[0], other)
-        if not is_itself and not filecmp.cmp(files[0], other, shallow=False):
-            found = f"{other.name} beside it, whose content differs"
-            raise _wrong(files[0], found, "one of the two: keep one")
-    return files[0] if files else path
+    if not os.path.lexists(path):
+        # os.walk yields nothing, instead of failing, where a folder can't be listed.
+        _, folders, files = next(os.walk(path.parent), ("", [], []))
+        alike = sorted(n for n in folders + files if n.lower() == path.name.lower())
+        if not alike:
+            return path
+        if len(alike) > 1:
+            print(f"Of {alike}, the first is taken for {path.name!r}.")
+        path = path.with_name(alike[0])
+    if not os.path.isfile(path):
+        found = "a folder or a device" if os.path.exists(path) else "a broken link"
+        raise DataError(f"{path}: found {found}, expected a .npy file")
+    return path
 
 
-def read_pickle(data: bytes, source: str | os.PathLike) -> Any:
-    """Read a pickle that holds nothing but numeric arrays, tuples and lists.
+def read_pickle(data: bytes, source: str | os.PathLike) -> list[list[np.ndarray]]:
+    """Read a pickle of three pairs of numeric arrays, which share its bytes.
 
-    Args:
-        data: the pickle, protocol 2 or newer, from Python 2 or 3.
-        source: the name of where it came from, for error messages.
-
-    Returns:
-        What the pickle holds: numeric arrays, which share its bytes, in lists, which
-        stand for tuples and object arrays, too.
+    Its protocol is 2 or newer. Errors name `source` as where it comes from.
 
     Raises:
-        DataError: it asks for anything but array constructors, or is damaged.
+        DataError: it asks for anything but arrays, or is damaged.
     """
-    try:
+    with _refusals_told(source, "three pairs of numeric arrays"):
         _scan_pickle(data)
-        return _resolve(_ArrayUnpickler(data).load(), iter(range(MAX_OPCODES)))
-    except Exception as error:
-        # Bytes chosen by a stranger make the unpickler raise nearly anything.
-        damage = f"a damaged pickle ({type(error).__name__}: {error})"
-        found = str(error) if isinstance(error, _Refused) else damage
-    raise _wrong(source, found, "nothing but numeric arrays in tuples or lists")
-
-
-def _wrong(source: object, found: str, expected: str) -> DataError:
-    # A stranger's bytes may hold line ends, codes for the terminal, and no end.
-    found = "".join(c if c.isprintable() else " " for c in found[:200])
-    return DataError(f"{source}: found {found}, expected {expected}")
-
-
-# Pickles ---------------------------------------------------------------------------
+        unpickler = _ArrayUnpickler(io.BytesIO(data), encoding="latin-1")
+        pairs = _items(unpickler.load(), 3)
+        return [[_numbers(part) for part in _items(pair, 2)] for pair in pairs]
 
 
 class _Refused(Exception):
-    """What was found in a pickle that it may not hold."""
+    """What was found in a file that it may not hold."""
+
+
+@contextlib.contextmanager
+def _refusals_told(source: object, expected: str) -> Iterator[None]:
+    """Raise what goes wrong with a file's content as a `DataError`."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        # Bytes chosen by a stranger make pickle and numpy raise nearly anything.
+        found = str(error) if isinstance(error, _Refused) else f"bad data ({error!r})"
+        message = f"{source}: found {found[:200]}, expected {expected}"
+        raise DataError(message) from error
+
+
+def _read(path: Path, may_hold_pairs: bool = True) -> np.ndarray | list:
+    """Read a .npy file: a plain array, or the lists of arrays that a pickle holds."""
+    if not path.exists():
+        raise _Refused("no such file")
+    with path.open("rb") as file:
+        start = file.read(512)
+        if not start.startswith(b"\x93NUMPY"):
+            raise _Refused(_name_format(start, path))
+        end = 10 + int.from_bytes(start[8:10], "little")  # of the header
+        if may_hold_pairs and b"'|O'" in start[:end]:
+            file.seek(end)
+            return read_pickle(file.read(), path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy warns of headers by Python 2
+        # Mapped, a file whose header claims more than it holds takes no memory.
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if array.dtype.kind not in "buif" or array.dtype.itemsize > 8:
+        raise _Refused(f"an array of type {array.dtype}")
+    if array.offset + array.nbytes != path.stat().st_size:
+        raise _Refused(f"more bytes than shape {array.shape} takes")
+    return array
+
+
+def _name_format(start: bytes, path: Path) -> str:
+    """Say what a file is that is no .npy file, by its first 512 bytes."""
+    for magic, name in OTHER_FORMATS.items():
+        if start.startswith(magic):
+            return name
+    if path.suffix.lower() == ".pkl":  # of Python 2, whose first bytes vary
+        return OTHER_FORMATS[b"\x80"]
+    if start[257:262] == b"ustar":
+        return "a tar archive"
+    if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "an HTML page"
+    if not start:
+        return "an empty file"
+    is_text = min(start) >= ord("\t")  # the lowest character of a text
+    return "a text file" if is_text else "no valid .npy header"
+
+
+def _scan_pickle(data: bytes) -> None:
+    """Refuse a pickle by its opcodes, before any of them is carried out."""
+    # The limit also bounds nesting, and the memo: it is an array that the unpickler
+    # makes as long as the greatest index that the file names.
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+        if opcode.name not in SAFE_OPCODES:
+            raise _Refused(f"a pickle with {opcode.name}")
+        memo_index = argument if opcode.name == "LONG_BINPUT" else 0
+        if count >= MAX_OPCODES or memo_index >= MAX_OPCODES:
+            raise _Refused(f"a pickle of over {MAX_OPCODES:,} parts")
 
 
 class _StandIn:
@@ -197,149 +250,65 @@ class _StandIn:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    def __init__(self, data: bytes) -> None:
-        super().__init__(io.BytesIO(data), encoding="bytes")
-        # How Python 3 wrote bytes under protocol 2. A file may ask for one many times.
-        self.encode = functools.cache(lambda text: text.encode("latin-1"))
-
-    def find_class(self, module: str, name: str) -> Callable:
+    def find_class(self, module: str, name: str) -> type[_StandIn]:
         if f"{module}.{name}" not in SAFE_NAMES:
             raise _Refused(f"a pickle that calls {module[:60]}.{name[:60]}")
-        return _StandIn if module != "_codecs" else lambda text, *_: self.encode(text)
+        return _StandIn
 
 
-def _scan_pickle(data: bytes) -> None:
-    """Refuse a pickle by its opcodes, before any of them is carried out.
-
-    The limit on opcodes also bounds nesting and the memo, whose array the C unpickler
-    would otherwise grow to any index that the file names.
-    """
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-        if opcode.name not in SAFE_OPCODES:
-            kind = {"EMPTY_DICT": "a pickled dict"}
-            raise _Refused(kind.get(opcode.name, f"pickle opcode {opcode.name}"))
-        in_memo = argument if opcode.name in ("BINPUT", "LONG_BINPUT") else 0
-        if max(count, in_memo) >= MAX_OPCODES:
-            raise _Refused(f"a pickle of over {MAX_OPCODES:,} parts")
+def _items(node: Any, count: int) -> Sequence:
+    """Return the items of a list, a tuple or an object array."""
+    items = _content(node)
+    if not isinstance(items, (list, tuple)):
+        raise _Refused(f"a {type(items).__name__} in place of {count} items")
+    if len(items) != count:
+        raise _Refused(f"{len(items)} items in place of {count}, or not numpy.stacked")
+    return items
 
 
-def _resolve(node: Any, budget: Iterator[int], depth: int = 0) -> np.ndarray | list:
-    """Return the array or lists of arrays that stand-ins, tuples and lists describe."""
-    # Lists that hold each other many times over are small in the file, not in memory.
-    if depth > 6 or next(budget, None) is None:
-        raise _Refused("deeply nested data")
-    if isinstance(node, _StandIn):
-        _, shape, dtype, fortran_order, data = node.state
-        if len(shape) > 8 or not all(type(n) is int and 0 <= n < 2**40 for n in shape):
-            raise _Refused("an array of impossible shape")
-        size, code, order = math.prod(shape), dtype.arguments[0], dtype.state[1]
-        if isinstance(code, bytes):  # Python 2's text
-            code, order = code[:3].decode("ascii"), order[:3].decode("ascii")
-        if code not in ("O", "O4", "O8"):
-            if code not in NUMERIC_CODES or order not in ("<", ">", "=", "|"):
-                raise _Refused(f"an array of type {order}{code}")
-            dtype = np.dtype(order.replace("|", "=") + code)
-            if not isinstance(data, bytes) or len(data) != size * dtype.itemsize:
-                raise _Refused(f"an array whose bytes do not fill its shape {shape}")
-            return np.frombuffer(data, dtype).reshape(shape, order="CF"[fortran_order])
+def _numbers(node: Any) -> np.ndarray:
+    array = _content(node)
+    if not isinstance(array, np.ndarray):
+        raise _Refused(f"a {type(array).__name__} in place of a numeric array")
+    return array
+
+
+def _content(node: Any) -> Any:
+    """Return what a stand-in describes: an array, or a list of its items or rows."""
+    if not isinstance(node, _StandIn):
+        return node
+    _, shape, dtype, fortran_order, data = node.state
+    if len(shape) > 8 or not all(type(n) is int and 0 <= n < 2**40 for n in shape):
+        raise _Refused("an array of impossible shape")
+    size = math.prod(shape)
+    code, byte_order = dtype.arguments[0], dtype.state[1]
+    if code in ("O", "O4", "O8"):
         if not isinstance(data, list) or len(data) != size:
             raise _Refused("an object array with malformed contents")
-        node, width = data, shape[1] if len(shape) == 2 else 0
-        if width:
-            node = [data[i : i + width] for i in range(0, size, width)]
-    if isinstance(node, (list, tuple)):
-        return [_resolve(item, budget, depth + 1) for item in node]
-    raise _Refused(f"a {type(node).__name__} where an array should be")
+        if len(shape) != 2 or size == 0:
+            return data
+        return [data[i : i + shape[1]] for i in range(0, size, shape[1])]
+    if code not in NUMERIC_CODES or byte_order not in ("<", ">", "=", "|"):
+        raise _Refused(f"an array of type {byte_order}{code}")
+    dtype = np.dtype(byte_order.replace("|", "=") + code)
+    if isinstance(data, _StandIn):  # bytes as Python 3 wrote them under protocol 2
+        data = data.arguments[0]
+    if isinstance(data, str):  # Python 2's, or of the line above
+        data = data.encode("latin-1")
+    if not isinstance(data, bytes) or len(data) != size * dtype.itemsize:
+        raise _Refused(f"an array whose bytes do not fill its shape {shape}")
+    order = "F" if fortran_order else "C"
+    return np.frombuffer(data, dtype).reshape(shape, order=order)
 
 
-# Files -----------------------------------------------------------------------------
-
-
-def _read(path: str | os.PathLike, shapes: Shapes | None) -> tuple[Path, Any]:
-    """Find and read a file of images or, where `shapes` is None, of labels."""
-    path = find_file(path)
-    kind = f"images of one of the shapes {shapes}" if shapes else "labels"
-    expected = f"a .npy file of N {kind}"
-    try:
-        if not path.is_file():
-            found = "something that is not a file" if path.exists() else "no such file"
-            raise _wrong(path, found, expected)
-        with path.open("rb") as file:
-            start = file.peek(30)
-            if start.startswith(b"version https://git-lfs"):
-                raise _wrong(path, "a git-LFS pointer", f"{expected}: run git lfs pull")
-            if start.startswith(b"\x80") or path.suffix.lower() == ".pkl":
-                remedy = f"{expected}: save it by numpy.save"
-                raise _wrong(path, "a bare pickle, not a .npy file", remedy)
-            if start.startswith(b"PK") and shapes:
-                return path, _read_npz(file, path)
-            size = os.fstat(file.fileno()).st_size
-            return path, _read_npy(file, size, path, expected, bool(shapes))
-    except DataError:
-        raise
-    except Exception as error:  # damaged archives make zipfile raise nearly anything
-        found = f"an unreadable file ({type(error).__name__}: {error})"
-        raise _wrong(path, found, expected) from None
-
-
-def _read_npy(
-    file: IO[bytes], size: int, source: Path, expected: str, may_hold_objects: bool
-) -> np.ndarray | list:
-    """Read a .npy file of `size` bytes: an array, or what a pickled array holds."""
-    if size == 0:
-        raise _wrong(source, "an empty file", expected)
-    npy = np.lib.format
-    readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Python 2's headers parse with a warning
-            shape, fortran_order, dtype = readers[npy.read_magic(file)](file)
-    except Exception:  # so does numpy's parser
-        raise _wrong(source, "no valid .npy header", expected) from None
-    if len(shape) > 8 or not all(0 <= n < 2**40 for n in shape):
-        raise _wrong(source, "an array of impossible shape", expected)
-    if dtype.kind == "O" and may_hold_objects:
-        if shape not in ((), (3,), (3, 2)):
-            found = f"{shape[0]} separate images or pairs"
-            raise _wrong(source, found, f"{PAIRS}; or stack them: numpy.stack")
-        return read_pickle(file.read(), source)
-    if dtype.kind not in "buif" or dtype.itemsize > 8:
-        raise _wrong(source, f"an array of type {dtype}", expected)
-    needed, left = math.prod(shape) * dtype.itemsize, size - file.tell()
-    data = file.read(needed) if left == needed else b""
-    if len(data) != needed:
-        found = f"{left:,} bytes of data for shape {shape} of type {dtype}"
-        raise _wrong(source, found, f"{needed:,} bytes")
-    return np.frombuffer(data, dtype).reshape(shape, order="CF"[fortran_order])
-
-
-def _read_npz(file: IO[bytes], path: Path) -> list:
-    """Read the arrays of Keras's mnist.npz into three (images, labels) pairs."""
-    expected = f"a .npz file with {', '.join(NPZ_MEMBERS)}, or a .npy file"
-    arrays = []
-    with zipfile.ZipFile(file) as archive:
-        if not set(NPZ_MEMBERS) <= set(archive.namelist()):
-            found = f"an archive of {', '.join(archive.namelist()[:9]) or 'nothing'}"
-            raise _wrong(path, found, expected)
-        for name in NPZ_MEMBERS:
-            size = archive.getinfo(name).file_size
-            if size > MAX_ARRAY:
-                raise _wrong(path / name, f"{size:,} bytes", f"at most {MAX_ARRAY:,}")
-            with archive.open(name) as member:
-                arrays.append(_read_npy(member, size, path / name, expected, False))
-    images, labels, *test = arrays
-    valid = VALID_SIZE if len(images) > VALID_SIZE else max(1, len(images) // 10)
-    train = [images[:-valid], labels[:-valid]]
-    return [train, [images[-valid:], labels[-valid:]], test]
-
-
-def _split(images: np.ndarray, labels: np.ndarray | None, path: Path) -> tuple:
+def _split(images: np.ndarray, labels: np.ndarray | None) -> tuple:
     """Split a plain array by each image's rank: among its digit's, or in the file."""
     if len(images) < 7:
-        raise _wrong(path, f"{len(images)} images", "at least 7 to split")
+        raise _Refused(f"{len(images)} images, too few to split (at least 7)")
     rank = np.arange(len(images))
-    for digit in range(0 if labels is None else NUM_CLASSES):
-        rank[labels == digit] = np.arange(np.count_nonzero(labels == digit))
+    if labels is not None:
+        for digit in range(NUM_CLASSES):
+            rank[labels == digit] = np.arange(np.count_nonzero(labels == digit))
     if rank.max() < 6:  # there would be no test image
         rank = np.arange(len(images))
     test, valid = rank % 7 == 6, rank % 70 == 0
@@ -347,53 +316,55 @@ def _split(images: np.ndarray, labels: np.ndarray | None, path: Path) -> tuple:
     return tuple(Split(images[p], None if labels is None else labels[p]) for p in parts)
 
 
-def _check_pairs(content: list, shapes: Shapes, path: Path) -> tuple:
-    pairs = [pair for pair in content if isinstance(pair, list) and len(pair) == 2]
-    if len(content) != 3 or len(pairs) != 3:
-        raise _wrong(path, f"{len(content)} items, {len(pairs)} of them pairs", PAIRS)
+def _check_pairs(pairs: list[list[np.ndarray]], shapes: Shapes) -> tuple:
+    all_images = [images for images, _ in pairs]
     splits = []
     for name, (images, labels) in zip(("train", "valid", "test"), pairs, strict=True):
-        if not isinstance(images, np.ndarray) or not isinstance(labels, np.ndarray):
-            raise _wrong(path, f"a list as {name} images or labels", "numeric arrays")
-        images = _check_images(images, shapes, path, f"{name} images")
-        labels = _check_labels(labels, len(images), path, f"{name} labels")
-        splits.append(Split(images, labels))
+        images = _check_images(images, shapes, f"{name} images", all_images)
+        splits.append(Split(images, _check_labels(labels, len(images), name)))
     return tuple(splits)
 
 
 def _check_images(
-    images: np.ndarray, shapes: Shapes, path: Path, what: str
+    images: np.ndarray, shapes: Shapes, what: str, all_images: list[np.ndarray]
 ) -> np.ndarray:
     """Return images as uint8 0..255, each of the first shape."""
     if images.shape[1:] not in shapes or len(images) == 0:
-        found = f"shape {images.shape} for {what}"
-        raise _wrong(path, found, f"N > 0 images of one of the shapes {shapes}")
-    batches = [images[i : i + 4096] for i in range(0, len(images), 4096)]
-    low, high = images.min().item(), images.max().item()  # NaN where any value is
-    is_whole = images.dtype.kind in "ui" or (
-        high > 1 and all(np.array_equal(batch, np.rint(batch)) for batch in batches)
-    )
-    if images.dtype.kind == "b" or not (low >= 0 and high <= (255 if is_whole else 1)):
-        found = f"{images.dtype} values {low:g}..{high:g} in {what}"
-        raise _wrong(path, found, "whole numbers 0..255 or float 0..1")
-    if images.dtype != np.uint8:
-        scale = images.dtype.type(1 if is_whole else 255)
-        batches = [np.rint(batch * scale).astype(np.uint8) for batch in batches]
+        raise _Refused(f"shape {images.shape} for {what}")
+    if images.dtype == bool:
+        images = images.view(np.uint8)  # a damaged file's may be other bytes than 0, 1
+    is_float = images.dtype.kind == "f"
+    # Asked of the file's other images, too: a split may hold nothing above 1 by chance.
+    alike = [other for other in all_images if (other.dtype.kind == "f") == is_float]
+    greatest = np.fmax.reduce([other.max(initial=0) for other in alike])
+    end = 255 if greatest > 1 + ROUNDING else 1
+    low, high = images.min(), images.max()  # NaN where any value is
+    if not (low >= -end * ROUNDING and high <= end * (1 + ROUNDING)):
+        raise _Refused(f"{images.dtype} values {low!s}..{high!s} in {what}")
+    if images.dtype != np.uint8 or end == 1:
+        batches = []
+        for start in range(0, len(images), 4096):
+            values = np.clip(images[start : start + 4096].astype(np.float64), 0, end)
+            pixels = np.rint(values * (255 / end))
+            is_fraction = abs(values - pixels) > ROUNDING
+            if end == 255 and is_fraction.any():
+                found = values[is_fraction][0]
+                raise _Refused(f"{found} in {what}, of values up to {greatest!s}")
+            batches.append(pixels.astype(np.uint8))
         images = np.concatenate(batches)
     if images.shape[1:] == (3, 28, 28):
         images = np.moveaxis(images, 1, -1)
     return np.ascontiguousarray(images.reshape(len(images), *shapes[0]))
 
 
-def _check_labels(labels: np.ndarray, count: int, path: Path, what: str) -> np.ndarray:
+def _check_labels(labels: np.ndarray, count: int, what: str) -> np.ndarray:
     """Return labels as int64 0..9, (count,)."""
-    expected = f"({count}, 10) one-hot or integers 0..9, ({count},) or ({count}, 1)"
     if labels.shape == (count, NUM_CLASSES):
         if not np.isin(labels, (0, 1)).all() or (labels.sum(axis=1) != 1).any():
-            raise _wrong(path, f"rows that are not one-hot in {what}", expected)
+            raise _Refused(f"rows that are not one-hot in labels of {what}")
         labels = labels.argmax(axis=1)
     if labels.shape not in ((count,), (count, 1)):
-        raise _wrong(path, f"shape {labels.shape} for {what}", expected)
+        raise _Refused(f"shape {labels.shape} for labels of {what}")
     if not np.isin(labels, np.arange(NUM_CLASSES)).all():
-        raise _wrong(path, f"values outside 0..9 in {what}", expected)
+        raise _Refused(f"values outside 0..9 in labels of {what}")
     return labels.astype(np.int64).reshape(count)
