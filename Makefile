@@ -5,7 +5,7 @@ PYTHON ?= python3
 BACKGROUNDS ?=
 PY := .venv/bin/python
 
-.PHONY: all q1 q2 explorer quick data test clean
+.PHONY: all q1 q2 explorer styles quick data test clean
 
 all: q1 explorer
 
@@ -14,6 +14,9 @@ q1: data
 
 q2: data
 	$(PY) q2_aae.py
+
+styles: data
+	$(PY) -m extras.styles
 
 explorer: q2
 	$(PY) -m extras.explorer

@@ -271,48 +271,37 @@ def prepare_splits(
 Change = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 
-def shuffled_batches(
-    images: np.ndarray,
+def epoch_batches(
+    images: tf.Tensor,
     batch_size: int,
     seed: int,
-    epochs: range,
+    epoch: int,
     change: Change | None = None,
 ) -> tf.data.Dataset:
-    """Return the batches of some epochs, each in an order that seed and epoch fix.
+    """Return an epoch's batches of images, in an order that seed and epoch fix.
 
     So a resumed run sees what a run never interrupted would see. The N mod batch_size
-    images at the end of an epoch's order are dropped. `change` changes each batch.
+    images at the end of the order are left out.
 
     Returns:
         Pairs (x, x), float32 (batch_size, ...): an autoencoder's input and target.
     """
+    order = np.random.default_rng([seed, epoch]).permutation(len(images))
     used = len(images) // batch_size * batch_size
-    pixels = tf.constant(images)
 
-    def order(epoch: int) -> np.ndarray:
-        indices = np.random.default_rng([seed, epoch]).permutation(len(images))
-        return indices[:used].reshape(-1, batch_size)
-
-    def changed(index: np.ndarray) -> np.ndarray:
-        return change(images[index], np.random.default_rng(index))
+    def changed(x: np.ndarray, index: np.ndarray) -> np.ndarray:
+        return change(x, np.random.default_rng(index))
 
     def pick(index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        if change is None:
-            # With numpy's indexing a step of question 1 took half as long again.
-            x = tf.gather(pixels, index)
-        else:
-            x = tf.numpy_function(changed, [index], tf.float32)
+        # With numpy's indexing a step of question 1 took half as long again.
+        x = tf.gather(images, index)
+        if change is not None:
+            x = tf.numpy_function(changed, [x, index], tf.float32)
         x = tf.ensure_shape(x, (batch_size, *images.shape[1:]))
         return x, x
 
-    indices = tf.data.Dataset.range(epochs.start, epochs.stop).flat_map(
-        lambda epoch: tf.data.Dataset.from_tensor_slices(
-            tf.ensure_shape(
-                tf.numpy_function(order, [epoch], tf.int64), (None, batch_size)
-            )
-        )
-    )
-    return indices.map(pick).prefetch(2)
+    indices = order[:used].reshape(-1, batch_size)
+    return tf.data.Dataset.from_tensor_slices(indices).map(pick).prefetch(2)
 
 
 def predict(
@@ -519,8 +508,8 @@ def fit(
 ) -> dict[str, np.ndarray]:
     """Train a model, or continue with it, saving checkpoints on the way.
 
-    Whether training ends or is interrupted, the networks are saved, the history is
-    written and `draw` draws it.
+    Whether training ends or is interrupted, networks and history are saved, and
+    `draw` draws the history.
 
     Args:
         run: the run's folder.
@@ -539,14 +528,13 @@ def fit(
     Raises:
         UsageError: a loss is no longer finite, or the checkpoint is damaged.
     """
-    schedule, seed = run.schedule, run.settings.seed
+    schedule, images = run.schedule, tf.constant(train)
     state = list(model.variables)
     for optimizer in optimizers:
         state += optimizer.variables
     rows = run.load_checkpoint(state)
-    done = len(rows)
-    if done:
-        print(f"Continuing after epoch {done} of {run.checkpoint_path}.")
+    if rows:
+        print(f"Continuing after epoch {len(rows)} of {run.checkpoint_path}.")
     print(f"Training: {schedule.epochs} epochs of {schedule.steps} steps.", flush=True)
 
     def finish() -> dict[str, np.ndarray]:
@@ -558,58 +546,53 @@ def fit(
         draw(history)
         return history
 
-    epochs = range(done, schedule.epochs)
+    # Hundreds of checkpoints would take long.
+    every = max(1, schedule.epochs // 30)
     try:
-        if epochs:
-            model.fit(
-                shuffled_batches(train, schedule.batch_size, seed, epochs, change),
-                epochs=schedule.epochs,
-                initial_epoch=done,
-                steps_per_epoch=schedule.steps,
-                validation_data=(valid, valid),
-                validation_batch_size=500,
-                callbacks=[_Recorder(run, state, rows, shown)],
-                shuffle=False,  # shuffled_batches has done it
-                verbose=0,
-            )
+        for epoch in range(len(rows), schedule.epochs):
+            size, seed = schedule.batch_size, run.settings.seed
+            batches = epoch_batches(images, size, seed, epoch, change)
+            rows.append(train_epoch(model, batches, valid, epoch + 1))
+            if len(rows) % every == 0 or len(rows) == schedule.epochs:
+                run.save_checkpoint(state, rows)
+                print_epoch(rows[-1], schedule.epochs, shown)
     except (KeyboardInterrupt, BrokenPipeError):
         finish()
         raise
     return finish()
 
 
-class _Recorder(keras.callbacks.Callback):
-    """Records each epoch; some thirty times saves a checkpoint and prints a line."""
+def train_epoch(
+    model: keras.Model, batches: tf.data.Dataset, valid: np.ndarray, number: int
+) -> dict[str, float]:
+    """Train for an epoch; return its number, the losses and the seconds it took.
 
-    def __init__(
-        self,
-        run: RunFolder,
-        state: Sequence[keras.Variable],
-        rows: list[dict[str, float]],
-        shown: Mapping[str, str],
-    ) -> None:
-        super().__init__()
-        self.run, self.state, self.rows, self.shown = run, state, rows, shown
+    Raises:
+        UsageError: a loss is no longer finite.
+    """
+    started = time.perf_counter()
+    history = model.fit(
+        batches,
+        validation_data=(valid, valid),
+        validation_batch_size=500,
+        shuffle=False,  # the batches have an order
+        verbose=0,
+    ).history
+    losses = {name: float(values[0]) for name, values in history.items()}
+    for name, value in losses.items():
+        if not math.isfinite(value):
+            raise UsageError(
+                f"{name}: found {value} in epoch {number}, expected a finite number "
+                "(is --learning-rate too large?)"
+            )
+    return {"epoch": number, **losses, "seconds": time.perf_counter() - started}
 
-    def on_epoch_begin(self, epoch: int, logs: Mapping | None = None) -> None:
-        self.started = time.perf_counter()
 
-    def on_epoch_end(self, epoch: int, logs: Mapping | None = None) -> None:
-        for name, value in logs.items():
-            if not math.isfinite(value):
-                raise UsageError(
-                    f"{name}: found {value} in epoch {epoch + 1}, expected a finite "
-                    "number (is --learning-rate too large?)"
-                )
-        losses = {name: float(value) for name, value in logs.items()}
-        seconds, done = time.perf_counter() - self.started, epoch + 1
-        self.rows.append({"epoch": done, **losses, "seconds": seconds})
-        epochs = self.run.schedule.epochs
-        # Hundreds of checkpoints would take long.
-        if done % max(1, epochs // 30) == 0 or done == epochs:
-            self.run.save_checkpoint(self.state, self.rows)
-            left = (epochs - done) * seconds
-            left = f"{left / 60:.0f} min" if left >= 60 else f"{left:.0f} s"
-            values = [f"{self.shown[name]} {losses[name]:.3g}" for name in self.shown]
-            text = f"epoch {done} of {epochs}, {left} left: {', '.join(values)}"
-            print(text, flush=True)
+def print_epoch(
+    row: Mapping[str, float], epochs: int, shown: Mapping[str, str]
+) -> None:
+    """Print a line about an epoch, and how long the rest of the run may take."""
+    left = (epochs - row["epoch"]) * row["seconds"]
+    time_left = f"{left / 60:.0f} min" if left >= 60 else f"{left:.0f} s"
+    losses = ", ".join(f"{label} {row[name]:.3g}" for name, label in shown.items())
+    print(f"epoch {row['epoch']} of {epochs}, {time_left} left: {losses}", flush=True)
