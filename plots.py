@@ -1,32 +1,49 @@
 """All drawing: arrays in, PNG files out.
 
-Figures are drawn without pyplot, so that a notebook's own plots stay as they are.
+Figures are drawn without pyplot, under matplotlib's own defaults and the settings here,
+so that a user's matplotlibrc does not change them, nor they a notebook's own plots.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import io
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# `!python script.py` inherits a notebook's backend, which may not be installed here.
-_backend = os.environ.get("MPLBACKEND", "")
-_package = _backend.removeprefix("module://").partition(".")[0]
-if _backend.startswith("module://") and not importlib.util.find_spec(_package):
-    del os.environ["MPLBACKEND"]
+# matplotlib fails on import where MPLBACKEND names a backend that it does not know, as
+# one inherited from a notebook may be. No backend is needed here; where others draw in
+# this process, they get theirs if there is one of that name.
+_backend = None
+if "matplotlib" not in sys.modules:
+    _backend = os.environ.pop("MPLBACKEND", None)
+try:
+    import matplotlib
+except (OSError, UnicodeDecodeError) as error:
+    print(f"matplotlib can't read its matplotlibrc file: {error}", file=sys.stderr)
+    sys.exit(2)
+if _backend is not None:
+    os.environ["MPLBACKEND"] = _backend
+    with contextlib.suppress(ValueError):
+        matplotlib.rcParams["backend"] = _backend
 
-import matplotlib  # noqa: E402
 import numpy as np  # noqa: E402
 import scipy.stats  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.ticker import MaxNLocator  # noqa: E402
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter  # noqa: E402
+from scipy import ndimage  # noqa: E402
+
+from files import replacing  # noqa: E402
 
 # Readable in grey: dark, light and dashed differ without colour.
 INK, ACCENT, PALE = "#1b3a5b", "#d1622b", "#9aa5b1"
+# Of the digits, for any colour vision: Paul Tol's palette, as on the explorer's page.
+DIGIT_COLOURS = ["#332288", "#2f8fc4", "#2f9d8c", "#117733", "#86861f"]
+DIGIT_COLOURS += ["#c9a227", "#cc6677", "#882255", "#aa4499", "#7b7f85"]
 GAP = 2  # pixels between the images of a grid
 STYLE = {
     "figure.constrained_layout.use": True,
@@ -41,6 +58,12 @@ STYLE = {
 History = Mapping[str, np.ndarray]  # a column a quantity, a value an epoch
 
 
+def _house_style() -> contextlib.AbstractContextManager:
+    """Put matplotlib's defaults and `STYLE` in place of a user's own settings."""
+    defaults = {k: v for k, v in matplotlib.rcParamsDefault.items() if k != "backend"}
+    return matplotlib.rc_context(defaults | STYLE)
+
+
 @contextlib.contextmanager
 def _figure(
     path: str | Path,
@@ -52,19 +75,27 @@ def _figure(
 
     Its `size` is in inches. Yields the figure and its axes, as `Figure.subplots` does.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}")
-    with matplotlib.rc_context(STYLE):
+    with _house_style():
         figure = Figure(size)
         yield figure, figure.subplots(rows, columns)
-        try:
+        with replacing(path) as temporary:
             figure.savefig(temporary)
-            temporary.replace(path)
-        except OSError as error:
-            error.filename = str(path)  # a full disk does not say where
-            raise
-        finally:
-            temporary.unlink(missing_ok=True)
+
+
+def check() -> None:
+    """Draw a small figure in memory, to find out before training what can't be drawn.
+
+    Raises:
+        OSError: matplotlib can't draw here; the error says why in one line.
+    """
+    try:
+        with _house_style():
+            figure = Figure((2, 2))
+            figure.subplots().set_title("$L_D$")
+            figure.savefig(io.BytesIO())
+    except Exception as error:  # of its fonts, its files or its libraries
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise OSError(f"matplotlib can't draw here: {reason}") from error
 
 
 def image_grid(
@@ -95,15 +126,22 @@ def image_grid(
 
 
 def _both_losses(axes: Axes, history: History, name: str) -> None:
-    """Draw a quantity on training and, where there is one, on validation images."""
+    """Draw a quantity on training and on validation images."""
     few = len(history["epoch"]) <= 60  # so that markers do not hide the lines
     line = {"ms": 3} if few else {"ms": 0, "lw": 0.8}
+    validation = history[f"val_{name}"]
     axes.plot(history["epoch"], history[name], "o-", label="training", **line)
-    if f"val_{name}" in history:
-        validation = history[f"val_{name}"]
-        axes.plot(history["epoch"], validation, "s--", label="validation", **line)
+    axes.plot(history["epoch"], validation, "s--", label="validation", **line)
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _log_scale(axes: Axes) -> None:
+    """Give the vertical axis a logarithmic scale with plain numbers of one size."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 # Question 1 --------------------------------------------------------------------------
@@ -127,38 +165,11 @@ def q1_loss(path: str | Path, history: History, pca_mse: float, code_dim: int) -
         )
         ratio = history["val_loss"][-1] / pca_mse
         axes.set(
-            yscale="log",
             ylabel="mean squared error (pixels in 0..1)",
             title=f"The validation error ends at {ratio:.2f} times that of PCA",
         )
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
-        axes.tick_params(axis="y", which="minor", labelsize=8)
+        _log_scale(axes)
         axes.legend()
-
-
-def q1_errors(
-    path: str | Path,
-    by_place: np.ndarray,
-    by_digit: Mapping[str, float] | None,
-    mse: float,
-) -> None:
-    """Draw where the test error lies: over the image, (28, 28), and by digit.
-
-    `by_digit` is None without labels; `mse` is over all test images.
-    """
-    with _figure(path, 1, 2, (8, 3.4)) as (figure, (place, digits)):
-        figure.suptitle("Where the test error lies", fontsize=11)
-        shown = place.imshow(by_place, cmap="cividis", vmin=0)
-        place.set(xticks=[], yticks=[], title="mean over images and channels")
-        figure.colorbar(shown, ax=place, label="squared error (pixels in 0..1)")
-        if by_digit is None:
-            digits.set_axis_off()
-            return
-        digits.bar(list(by_digit), list(by_digit.values()), color=INK)
-        digits.axhline(mse, color="black", ls=":")
-        digits.set(title="by digit, and over all (dotted)", xlabel="digit")
-        digits.set_ylabel("mean squared error (pixels in 0..1)")
 
 
 def q1_rate_distortion(path: str | Path, rows: Sequence[Mapping[str, float]]) -> None:
@@ -176,7 +187,6 @@ def q1_rate_distortion(path: str | Path, rows: Sequence[Mapping[str, float]]) ->
             axes.plot(sizes, [row[key] for row in rows], style, ms=4, label=label)
         axes.set_xscale("log", base=2)
         axes.set(
-            yscale="log",
             title=f"The CNN's test error is {min(ratios):.2f} to {max(ratios):.2f} "
             "times that of PCA with a code of the same size",
             ylabel="test mean squared error (pixels in 0..1)",
@@ -184,6 +194,7 @@ def q1_rate_distortion(path: str | Path, rows: Sequence[Mapping[str, float]]) ->
             xticks=sizes,
         )
         axes.xaxis.set_major_formatter("{x:g}")
+        _log_scale(axes)
         axes.legend()
 
 
@@ -195,34 +206,35 @@ def q2_losses(
 ) -> None:
     """Draw the three losses over training, and the adversaries' equilibrium (nats).
 
-    The history has "reconstruction_loss", "discriminator_loss", "encoder_loss" and
-    what there is of the same after "val_".
+    The history has "reconstruction_loss", "discriminator_loss" and "encoder_loss", and
+    the same after "val_".
     """
-    titles = {
-        "reconstruction_loss": r"(a) $L_{recons}$, mean of $\|x_n-\hat{x}_n\|$",
-        "discriminator_loss": "(b) $L_D$ (nats)",
-        "encoder_loss": "(c) $L_{Enc}=E[\\log(1-D)]$ (nats)",
+    names = {
+        "reconstruction_loss": ("(a) encoder, decoder", "$L_{recons}$ (mean)"),
+        "discriminator_loss": ("(b) discriminator", "$L_D$ (nats)"),
+        "encoder_loss": ("(c) encoder", "$L_{Enc}$ (nats)"),
     }
-    with _figure(path, 1, 3, (9, 3.2)) as (figure, row):
+    with _figure(path, 1, 3, (8, 3.2)) as (figure, row):
         figure.suptitle(
             f"$L_D$ ends at {history['discriminator_loss'][-1]:.2f}; a discriminator "
             "that can't tell codes from draws of the prior has "
             f"{equilibrium['discriminator_loss']:.2f}",
             fontsize=11,
         )
-        for axes, (name, title) in zip(row, titles.items(), strict=True):
+        for axes, (name, (title, label)) in zip(row, names.items(), strict=True):
             _both_losses(axes, history, name)
             if name in equilibrium:
                 axes.axhline(equilibrium[name], color="black", ls=":", label="$D=1/2$")
-            axes.set_title(title)
+            axes.set(title=title, ylabel=label)
             axes.legend()
 
 
 def q2_tsne(path: str | Path, points: np.ndarray, labels: np.ndarray | None) -> None:
     """Draw the t-SNE map of the training codes, (N, 2), coloured by digit, (N,)."""
     with _figure(path, size=(7, 7)) as (_, axes):
+        count = f"{len(points):,}"
         axes.set_title(
-            f"t-SNE of the mean codes of all {len(points):,} training digits"
+            f"t-SNE of the informative coordinates of {count} training codes"
         )
         axes.set(xticks=[], yticks=[], aspect="equal")
         axes.spines[:].set_visible(False)
@@ -231,16 +243,20 @@ def q2_tsne(path: str | Path, points: np.ndarray, labels: np.ndarray | None) -> 
             axes.scatter(*points.T, color=INK, **style)
             return
         order = np.random.default_rng(0).permutation(len(points))
-        colours = {"cmap": "tab10", "vmin": -0.5, "vmax": 9.5}
-        axes.scatter(*points[order].T, c=labels[order], **style, **colours)
+        colours = np.array(DIGIT_COLOURS)[labels[order]]
+        axes.scatter(*points[order].T, c=colours, **style)
         box = {"boxstyle": "circle", "fc": "white", "ec": "black", "alpha": 0.85}
         centred = {"ha": "center", "va": "center", "fontsize": 14, "bbox": box}
+        extent = np.stack([points.min(axis=0), points.max(axis=0)], axis=1)
         for digit in np.unique(labels):
-            # At its fullest place: the median of one in pieces lies among others.
-            counts, *edges = np.histogram2d(*points[labels == digit].T, bins=15)
-            x, y = np.unravel_index(counts.argmax(), counts.shape)
-            at = edges[0][x : x + 2].mean(), edges[1][y : y + 2].mean()
-            axes.text(*at, str(digit), **centred)
+            # The blurred density is highest in the middle of the largest cluster; the
+            # mean of a digit in pieces would lie among others.
+            own = points[labels == digit]
+            counts, *_ = np.histogram2d(*own.T, bins=60, range=extent)
+            density = ndimage.gaussian_filter(counts, 4, mode="constant")
+            place = np.unravel_index(density.argmax(), density.shape)
+            middle = extent[:, 0] + np.add(place, 0.5) / 60 * np.ptp(extent, axis=1)
+            axes.text(*middle, str(digit), **centred)
 
 
 def q2_prior_match(
@@ -256,7 +272,7 @@ def q2_prior_match(
     with _figure(path, 1, 3, (9, 3.2)) as (figure, (marginals, spectrum, lengths)):
         figure.suptitle(
             f"{dimensions} informative coordinates of {count:,} test codes: covariance "
-            f" eigenvalues {own[-1]:.2f} .. {own[0]:.2f}",
+            f"eigenvalues {own[-1]:.2f} .. {own[0]:.2f}",
             fontsize=11,
         )
         limit = float(max(4.0, np.quantile(np.abs(codes), 0.999)))
@@ -285,51 +301,31 @@ def q2_prior_match(
 
 
 def q2_frontier(
-    path: str | Path, points: Mapping[str, tuple[float, float, bool]]
+    path: str | Path,
+    points: Mapping[str, tuple[float, float, bool]],
+    bound: float | None,
 ) -> None:
     """Draw samples against neighbourhoods, a point a model.
 
     Points are by name the accuracy of 5 nearest neighbours, 0..1, the Fréchet distance
-    of samples, and whether the model was trained for as long as the default run. A
-    name stands beside its point, on a side where no other is; else it is left out.
+    of samples, and whether the model was trained for as long as the default run. The
+    bound is the highest accuracy of codes that follow the prior exactly, 0..1.
     """
-    with _figure(path, size=(7.5, 4.8)) as (_, axes):
-        axes.set(
-            yscale="log",
-            xlabel="digits named by 5 nearest neighbours in the code (%)",
-            ylabel="Fréchet distance of samples",
-            title="Neighbourhoods against samples: lower right is better",
-        )
-        for name, point in points.items():
+    with _figure(path, size=(8, max(4.0, 1 + 0.2 * len(points)))) as (_, axes):
+        for number, (name, point) in enumerate(points.items(), start=1):
             accuracy, distance, is_long = point
-            colour = ACCENT if is_long else INK
-            axes.plot(100 * accuracy, distance, "o" if is_long else ".", color=colour)
-            # Of the points at about this height: how far they are to the right, in %.
-            steps = [
-                100 * (other[0] - accuracy)
-                for other in points.values()
-                if other is not point and abs(np.log(other[1] / distance)) < 0.12
-            ]
-            length = 0.4 + 0.12 * len(name)
-            for side, alignment in ((1, "left"), (-1, "right")):
-                if not any(0 <= side * step < length for step in steps):
-                    axes.annotate(
-                        name,
-                        (100 * accuracy, distance),
-                        (6 * side, 0),
-                        textcoords="offset points",
-                        fontsize=8,
-                        ha=alignment,
-                        va="center",
-                    )
-                    break
-        for marker, colour, label in (
-            ("o", ACCENT, "long runs"),
-            (".", INK, "short runs"),
-        ):
-            axes.plot([], [], marker, color=colour, label=label)
-        axes.legend(loc="best")
-
-
-def check() -> None:
-    """Draw a small figure in memory, so that what can't be drawn is found early."""
+            mark = {"marker": f"${number}$", "ms": 6 if number < 10 else 9, "mew": 0.3}
+            mark |= {"color": ACCENT, "label": name}
+            if not is_long:
+                mark |= {"color": INK, "label": f"{name} (short)"}
+            axes.plot(100 * accuracy, distance, ls="", **mark)
+        if bound is not None:
+            axes.axvline(100 * bound, color="black", ls=":")
+            text = " highest for codes that follow the prior exactly "
+            where = {"transform": axes.get_xaxis_transform(), "rotation": 90}
+            axes.text(100 * bound, 1, text, ha="left", va="top", fontsize=8, **where)
+        axes.set_xlabel("digits named by 5 nearest neighbours in the code (%)")
+        axes.set_ylabel("Fréchet distance of samples")
+        axes.set_title("Neighbourhoods against samples: lower right is better")
+        _log_scale(axes)
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)

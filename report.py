@@ -1,35 +1,26 @@
-"""Writes the numbers into `report.md`, from the metrics that runs left behind.
+"""Writes the runs' numbers into `report.md` and `extras/report.md`.
 
     python report.py [--figures DIR] [--report FILE]
 
-A block of the report stands between the lines `<!-- begin NAME -->` and
-`<!-- end NAME -->`; what a run's `*_metrics.json` says is put there. Nothing is trained
-or measured here, so a change of wording takes no run.
+A block of a report stands between the lines `<!-- begin NAME -->` and
+`<!-- end NAME -->`; what the `*_metrics.json` of the runs say is put there. Nothing is
+trained or measured here, so a change of wording takes no run.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-Metrics = Mapping[str, Any]
+from files import read_json, replacing
 
-# What a table of question 2's runs shows of each, and the aims for its default run.
-COLUMNS = "test MSE", "Fréchet", "5-NN", "L_D", "signal", "fresh D", "MMD² · 10⁴"
-AIMS = {
-    "test MSE": "at most 0.0105",
-    "Fréchet": "at most 3.5",
-    "L_D": "at least 1.30",
-    "fresh D": "at most 60 %",
-    "MMD² · 10⁴": "at most 3",
-    "5-NN": "at least 95 %",
-}
+Metrics = Mapping[str, Any]
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -39,24 +30,20 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def provenance(metrics: Metrics) -> str:
-    """Say in a paragraph of Markdown where a run's numbers come from."""
+    """Say in a paragraph where a run's numbers come from."""
     data, settings = metrics["data"], metrics["settings"]
-    versions = ", ".join(f"{name} {v}" for name, v in metrics["versions"].items())
-    sources = [data[key] for key in ("digits", "backgrounds") if key in data]
-    minutes = metrics["training_seconds"] / 60
-    note = f"{metrics['note']} " if "note" in metrics else ""
+    known = [data[key] for key in ("source", "digits", "backgrounds") if key in data]
     return (
-        f"{note}Data: `{data['file']}`, {data['source']}"
-        f"{': ' if sources else ''}{'; '.join(sources)}. "
-        f"{settings['epochs']} epochs, batch {settings['batch_size']}, learning rate "
-        f"{settings['learning_rate']:g}, seed {metrics['seed']}; "
-        f"{minutes:.1f} minutes of training. {versions}."
+        f"Data: `{data['file']}`, {'; '.join(known)}. {settings['epochs']} epochs, "
+        f"batch {settings['batch_size']}, learning rate {settings['learning_rate']:g}, "
+        f"seed {metrics['seed']}; {metrics['training_seconds'] / 60:.1f} minutes of "
+        "training."
     )
 
 
-def percent(share: float) -> str:
-    """Return a share in [0, 1] in percent."""
-    return f"{100 * share:.1f} %"
+def versions(metrics: Metrics) -> str:
+    """Return the versions of Python and of packages that a run used."""
+    return ", ".join(f"{name} {used}" for name, used in metrics["versions"].items())
 
 
 def psnr_db(mse: float) -> float:
@@ -87,96 +74,117 @@ def q1(metrics: Metrics) -> str:
     return "\n\n".join([table, verdict, provenance(metrics)])
 
 
-def q1_unseen(metrics: Metrics) -> str:
-    """Return question 1's error on photographs that training did not see."""
-    cnn, pca = metrics["test_mse"], metrics["pca_test_mse"]
-    return f"Test MSE: {cnn:.5f}, PCA's {pca:.5f}.\n\n{provenance(metrics)}"
-
-
-def q1_error(metrics: Metrics) -> str:
-    """Return where question 1's error lies, and what the code knows."""
-    parts = []
-    if by_digit := metrics["digit_test_mse"]:
-        easiest, hardest = (f(by_digit, key=by_digit.get) for f in (min, max))
-        parts.append(
-            f"The easiest digit is {easiest}, with a test MSE of "
-            f"{by_digit[easiest]:.5f}, the hardest {hardest}, with "
-            f"{by_digit[hardest]:.5f}."
-        )
-    if accuracy := metrics["knn_accuracy"]:
-        rows = [
-            ("the CNN's code", percent(accuracy["cnn_code"])),
-            ("PCA's code of the same size", percent(accuracy["pca_code"])),
-            ("the pixels", percent(accuracy["pixels"])),
-        ]
-        parts.append(markdown_table(("5 nearest neighbours in", "accuracy"), rows))
-    return "\n\n".join(parts)
+def q1_neighbours(metrics: Metrics) -> str:
+    """Return what question 1's code keeps of the digits, if there are labels."""
+    accuracy = metrics["knn_accuracy"] or {}
+    rows = [(name.replace("_", " "), f"{accuracy[name]:.1%}") for name in accuracy]
+    return markdown_table(("5 nearest neighbours in", "accuracy"), rows)
 
 
 def q1_rows(metrics: Metrics) -> str:
     """Return question 1's code sizes, other designs and seeds."""
-    rows = [
-        (
-            row["title"],
-            str(row["code_dim"]),
-            f"{row['validation_mse']:.5f}",
-            f"{row['test_mse']:.5f}",
-            f"{row['pca_test_mse']:.5f}",
-            f"{row['test_mse'] / row['pca_test_mse']:.2f}",
-        )
-        for row in metrics["rows"].values()
-    ]
+    rows = []
+    for name, row in metrics["rows"].items():
+        errors = row["validation_mse"], row["test_mse"], row["pca_test_mse"]
+        ratio = row["test_mse"] / row["pca_test_mse"]
+        shown = [f"{error:.5f}" for error in errors] + [f"{ratio:.2f}"]
+        rows.append((f"{row['title']} (`{name}`)", str(row["code_dim"]), *shown))
+    rows.sort(key=lambda row: int(row[1]))
     header = "autoencoder", "code", "validation MSE", "test MSE", "PCA test MSE"
-    table = markdown_table((*header, "ratio"), rows)
-    return f"{table}\n\n{provenance(metrics)}"
+    return markdown_table((*header, "ratio"), rows)
 
 
 # Question 2 --------------------------------------------------------------------------
 
+# Of each measure of the match: its name, its format, whether it can be too small, too.
+MATCH = {
+    "mmd": ("MMD²", ".1e", False),
+    "covariance_eigenvalue_min": ("least eigenvalue", ".3f", True),
+    "covariance_eigenvalue_max": ("largest eigenvalue", ".3f", True),
+    "ks_max": ("largest KS distance", ".3f", False),
+}
+NEARLY = 0.55  # a fresh discriminator's accuracy up to which codes nearly follow
+# Of each number that tables show of a run: its place in the metrics, and its format.
+MEASURES = {
+    "test MSE": ("test_mse", ".5f"),
+    "Fréchet": ("sample_quality.samples.frechet_distance", ".2f"),
+    "clear digits": ("sample_quality.samples.clear", ".1%"),
+    "5-NN": ("knn_accuracy.code", ".1%"),
+    "L_D": ("loss_discriminator", ".3f"),
+    "numbers": ("informative_dimensions", ".0f"),
+    "fresh D": ("informative_match.fresh_discriminator", ".1%"),
+    "MMD²": ("informative_match.mmd", ".1e"),
+    "fresh D, all coordinates": ("prior_match.fresh_discriminator", ".1%"),
+    "MMD², all coordinates": ("prior_match.mmd", ".1e"),
+    "L_recons, mean over images": ("test_reconstruction_loss", ".3f"),
+    "L_Enc": ("loss_encoder", ".3f"),
+    "precision": ("sample_quality.samples.precision", ".1%"),
+    "recall": ("sample_quality.samples.recall", ".1%"),
+    "logistic regression": ("logistic_accuracy.code", ".1%"),
+    "trustworthiness": ("trustworthiness.code", ".4f"),
+    "test MSE, PCA": ("pca_test_mse", ".5f"),
+    "5-NN, PCA": ("knn_accuracy.pca", ".1%"),
+}
+COMPARED = list(MEASURES)[:8]
+LOSSES = "test MSE", "test MSE, PCA", "L_recons, mean over images", "L_D", "L_Enc"
 
-def q2(metrics: Metrics) -> str:
-    """Return all measures of a run of question 2."""
-    parts = q2_losses, q2_match, q2_samples, q2_neighbours, provenance
-    return "\n\n".join(part(metrics) for part in parts)
+
+def measured(run: Metrics, name: str) -> float | None:
+    """Return a number of a run, None where it is null or missing."""
+    value: Any = run
+    for key in MEASURES[name][0].split("."):
+        if value is None:
+            return None
+        value = value.get(key)
+    return value
 
 
-def q2_losses(metrics: Metrics) -> str:
-    """Return a table of the errors and the losses."""
-    balance = 2 * math.log(2)
-    linear = [f"{mse:.5f} (PCA, {n})" for n, mse in metrics["pca_test_mse"].items()]
-    last = "in the last epoch, training (nats)"
-    rows = [
-        ("test MSE (pixels in 0..1)", f"{metrics['test_mse']:.5f}", ", ".join(linear)),
-        ("mean of the test norms", f"{metrics['test_reconstruction_loss']:.3f}", ""),
-        (f"L_D {last}", number(metrics["loss_discriminator"]), number(balance)),
-        (f"L_Enc {last}", number(metrics["loss_encoder"]), number(-balance / 2)),
-    ]
-    return markdown_table(("loss", "this run", "to compare"), rows)
+def cell(name: str, value: float | None) -> str:
+    """Return a number as tables show it, nothing for None."""
+    return "" if value is None else format(value, MEASURES[name][1])
+
+
+def q2_run(metrics: Metrics, names: Sequence[str] = tuple(MEASURES)) -> str:
+    """Return numbers of one run."""
+    rows = [(name, cell(name, measured(metrics, name))) for name in names]
+    return markdown_table(("measure", "this run"), rows)
 
 
 def q2_match(metrics: Metrics) -> str:
-    """Return a table of how codes, untrained codes and true draws match the prior."""
-    names = {
-        "mmd": ("MMD² · 10⁴", lambda value: f"{1e4 * value:.1f}"),
-        "covariance_eigenvalue_min": ("least eigenvalue", "{:.3g}".format),
-        "covariance_eigenvalue_max": ("largest eigenvalue", "{:.3g}".format),
-        "ks_max": ("largest KS distance of a marginal", "{:.3f}".format),
-        "fresh_discriminator": ("accuracy of a fresh discriminator", percent),
-    }
-    dimensions, rows = metrics["signal_dimensions"], []
-    parts = [(f"{dimensions} signal coordinates", "signal_match", "signal")]
-    if dimensions < metrics["code_dim"]:
-        parts.append(("all coordinates", "prior_match", "all"))
-    for where, key, start in parts:
-        match, before = metrics[key], metrics["start_match"].get(start)
-        if match is None:
-            continue
-        for measure, (name, shown) in names.items():
-            values = shown(match[measure]), shown(before[measure])
-            draws = match["draws"].get(measure, [0.5])  # a discriminator's: chance
-            rows.append((f"{name}, {where}", *values, " .. ".join(map(shown, draws))))
-    header = "codes against the prior", "this run", "untrained start", "true draws"
-    return f"{markdown_table(header, rows)}\n\n{verdict(metrics)}"
+    """Return how the codes match the prior, beside true draws, and what follows."""
+    on_draws = metrics["fresh_discriminator_on_draws"]
+    error = 0.5 / math.sqrt(2 * metrics["test_images"])
+    margin = 3 * math.sqrt(2) * error  # of a difference of two accuracies
+    informative, size = metrics["informative_dimensions"], metrics["code_dim"]
+    parts = {f"the {informative} informative coordinates": "informative_match"}
+    if informative < size:
+        parts[f"all {size} coordinates"] = "prior_match"
+    rows, sentences = [], []
+    for where, part in parts.items():
+        match, outside = metrics[part], []
+        for key, (name, form, two_sided) in MATCH.items():
+            value, (least, largest) = match[key], match["draws"][key]
+            if value > largest or (two_sided and value < least):
+                outside.append(name)
+            span = f"{least:{form}} .. {largest:{form}}"
+            rows.append((f"{name}, {where}", f"{value:{form}}", span))
+        name, accuracy = "fresh discriminator", match["fresh_discriminator"]
+        rows.append((f"{name}, {where}", f"{accuracy:.1%}", f"{on_draws:.1%}"))
+        if accuracy > on_draws + margin:
+            outside.append(name)
+        answer = "nearly" if accuracy <= NEARLY else "no"
+        sentences.append(
+            f"Over {where}, **{answer if outside else 'yes'}**; outside the range of "
+            f"true draws: {', '.join(outside) or 'no measure'}."
+        )
+    table = markdown_table(("codes against the prior", "this run", "true draws"), rows)
+    return (
+        f"{table}\n\nDo the codes follow the prior? {' '.join(sentences)}\n\n"
+        "Trained on draws in place of the informative coordinates, a fresh "
+        f"discriminator is right in {on_draws:.1%} of cases. Codes are outside if it "
+        f"is right in more than {on_draws + margin:.1%}, three standard errors of the "
+        f"difference above. *Nearly* means that it is right in at most {NEARLY:.0%}."
+    )
 
 
 def q2_samples(metrics: Metrics) -> str:
@@ -184,201 +192,220 @@ def q2_samples(metrics: Metrics) -> str:
     quality = metrics["sample_quality"]
     if quality["samples"] is None:
         return "Measuring the samples takes labels, which this data lacks."
-    rows = [
-        (
-            name.replace("_", " "),
-            f"{q['frechet_distance']:.2f}" if "precision" in q else "0",
-            *(percent(q[key]) if key in q else "" for key in ("precision", "recall")),
-            percent(q["clear"]),
-            " ".join(f"{100 * share:.0f}" for share in q["digits"]),
-        )
-        for name, q in quality.items()
-    ]
-    header = ("images", "Fréchet", "precision", "recall", "clear digits")
+    rows = []
+    for name, found in quality.items():
+        # The test images are at distance 0 from themselves.
+        distance = f"{found.get('frechet_distance', 0):.2f}"
+        keys = "precision", "recall", "clear"
+        shares = [f"{found[key]:.1%}" if key in found else "" for key in keys]
+        digits = " ".join(f"{100 * share:.0f}" for share in found["digits"])
+        rows.append((name.replace("_", " "), distance, *shares, digits))
+    header = "images", "Fréchet", "precision", "recall", "clear digits"
     table = markdown_table((*header, "% of each digit, 0 to 9"), rows)
-    accuracy = percent(quality["test_images"]["accuracy"])
-    return f"{table}\n\nThe classifier names {accuracy} of the test images."
+    right = f"{quality['test_images']['accuracy']:.1%}"
+    return f"{table}\n\nThe classifier is right on {right} of the test images."
 
 
 def q2_neighbours(metrics: Metrics) -> str:
     """Return a table of what the code keeps of the images' neighbourhoods."""
-    accuracy, trust = metrics["knn_accuracy"], metrics["trustworthiness"]
+    size, bound = metrics["informative_dimensions"], metrics["knn_bound"]
+    accuracies = [metrics["knn_accuracy"] or {}, metrics["logistic_accuracy"] or {}]
+    trust = metrics["trustworthiness"] | {"pixels": 1.0}
     names = {
-        "signal": f"the code, {metrics['signal_dimensions']} signal coordinates",
-        "pca_signal": "as many principal components",
-        "code": "the code, all coordinates",
-        "pca_code": "as many principal components",
+        "code": f"the code, {size} informative coordinates",
+        "pca": "as many principal components",
         "pixels": "the pixels",
     }
-    rows = [
-        (
-            name,
-            "" if accuracy is None else percent(accuracy[key]),
-            f"{trust[key]:.4f}" if key in trust else "1",
+    rows = []
+    for key, name in names.items():
+        shown = [f"{each[key]:.1%}" if key in each else "" for each in accuracies]
+        rows.append((name, *shown, f"{trust[key]:.4f}"))
+    header = "space", "5-NN", "logistic regression", "trustworthiness"
+    of_map = f"{metrics['tsne_trustworthiness']:.3f}"
+    text = f"Trustworthiness of the t-SNE map against the codes: {of_map}."
+    if bound is not None:
+        text += (
+            f" With codes that follow the prior exactly in {size} dimensions, 5-NN has "
+            f"an accuracy of at most {bound:.1%}, if all digits are equally frequent, "
+            "each code belongs to one digit, and the division of the space with the "
+            "least border also makes the fewest errors (plausible, but not proved)."
         )
-        for key, name in names.items()
-        if key in trust or key == "pixels"
-    ]
-    header = "space", "digit from 5 nearest neighbours", "trustworthiness"
-    noise = metrics["signal_noise"]
-    spread = f"{min(noise):.3g} to {max(noise):.3g}" if noise else "none"
-    return (
-        f"{markdown_table(header, rows)}\n\nNoise of q(z|x) in the signal coordinates "
-        f"(standard deviation, median over images): {spread}. Trustworthiness of the "
-        f"t-SNE map against the codes: {metrics['tsne_trustworthiness']:.3f}."
-    )
+    return f"{markdown_table(header, rows)}\n\n{text}"
 
 
-def verdict(metrics: Metrics) -> str:
-    """Say whether the codes can be told from as many true draws of the prior."""
-    match = metrics["signal_match"]
-    if match is None:
-        return "No coordinate carries more signal than noise: the codes hold nothing."
-    apart = []
-    for key, name, too_small in (  # a distance can't be too small
-        ("mmd", "MMD²", False),
-        ("covariance_eigenvalue_min", "the least eigenvalue", True),
-        ("covariance_eigenvalue_max", "the largest eigenvalue", True),
-        ("ks_max", "the marginals", False),
-    ):
-        low, high = match["draws"][key]
-        if match[key] > high or (too_small and match[key] < low):
-            apart.append(name)
-    accuracy = match["fresh_discriminator"]
-    error = 0.5 / math.sqrt(2 * metrics["test_images"])
-    if accuracy > 0.5 + 3 * error:
-        apart.append("the accuracy of a fresh discriminator")
-    answer = "No" if accuracy > 0.75 else "Not exactly" if apart else "Yes"
-    return (
-        f"Do the codes follow the prior? **{answer}.** "
-        f"Over the {metrics['signal_dimensions']} signal coordinates, "
-        f"{', '.join(apart) or 'none of these measures'} "
-        f"{'are' if len(apart) > 1 else 'is'} outside what 19 sets of as many true "
-        "draws show. The standard error of a fresh discriminator's accuracy is "
-        f"{percent(error)}."
-    )
-
-
-def number(value: float) -> str:
-    """Return a loss with three decimals, and no minus before a zero."""
-    return f"{round(value, 3) + 0.0:.3f}"
-
-
-def row_cells(row: Metrics) -> dict[str, str]:
-    """Return what a table of runs shows of one, by column."""
-    loss, distance = row["loss_discriminator"], row["frechet_distance"]
-    neighbours, match = row["knn_accuracy"] or {}, row["signal_match"]
-    cells = (
-        f"{row['test_mse']:.4f}",
-        "" if distance is None else f"{distance:.2f}",
-        percent(neighbours["signal"]) if "signal" in neighbours else "",
-        "" if loss is None else f"{loss:.2f}",
-        str(row["signal_dimensions"]),
-        percent(match["fresh_discriminator"]) if match else "",
-        f"{match['mmd'] * 1e4:.1f}" if match else "",
-    )
-    return dict(zip(COLUMNS, cells, strict=True))
+def q2_full(metrics: Metrics) -> str:
+    """Return all about a run, in one column."""
+    return "\n\n".join([q2_run(metrics), q2_match(metrics), provenance(metrics)])
 
 
 def q2_seeds(metrics: Metrics) -> str:
-    """Return a table of the default's runs, a column a seed, beside the aims.
-
-    A run without labels, or with nothing in its codes, is left out.
-    """
-    names = metrics["rows"].keys() & {"default", "seed-1", "seed-2"}
-    runs = [metrics["rows"][name] for name in sorted(names)]
-    runs = [run for run in runs if run["signal_match"] and run["knn_accuracy"]]
-    cells = [row_cells(run) for run in runs]
-    rows = [(name, aim, *(run[name] for run in cells)) for name, aim in AIMS.items()]
-    accuracies = [run["knn_accuracy"] for run in runs]
-    leads = [100 * (each["signal"] - each["pca_signal"]) for each in accuracies]
-    more = [f"{lead:+.1f} points" for lead in leads]
-    rows.append(("5-NN above that of PCA", "more than 0", *more))
-    header = "measure", "aim", *(f"seed {run['seed']}" for run in runs)
+    """Return the default's numbers, a column a seed, with their mean and range."""
+    names = "default", "seed-1", "seed-2"
+    runs = [metrics["rows"][name] for name in names if name in metrics["rows"]]
+    rows = []
+    for name in MEASURES:
+        values = [measured(run, name) for run in runs]
+        if values and None not in values:
+            summary = sum(values) / len(values), min(values), max(values)
+            *shown, least, most = [cell(name, value) for value in (*values, *summary)]
+            rows.append((name, *shown, f"{least} .. {most}"))
+    header = ["measure", *(f"seed {run['seed']}" for run in runs), "mean", "range"]
     return markdown_table(header, rows)
 
 
 def q2_rows(metrics: Metrics, long: bool) -> str:
     """Return the comparisons' rows that trained as long as the default, or shorter."""
+    rows = []
+    for name, row in metrics["rows"].items():
+        if row["long"] == long:
+            cells = [cell(each, measured(row, each)) for each in COMPARED]
+            rows.append((f"{row['title']} (`{name}`)", str(row["epochs"]), *cells))
+    return markdown_table(("what was trained", "epochs", *COMPARED), rows)
+
+
+def styles(metrics: Metrics) -> str:
+    """Return what the run of one style in ten digits measured."""
+    quality = metrics["sample_quality"]["samples"]
     rows = [
-        (f"{row['title']} (`{name}`)", str(row["epochs"]), *row_cells(row).values())
-        for name, row in metrics["rows"].items()
-        if row["long"] == long
+        ("test MSE", f"{metrics['test_mse']:.5f}"),
+        ("Fréchet distance of samples", f"{metrics['frechet_distance']:.2f}"),
+        ("clear digits", f"{quality['clear']:.1%}"),
+        ("samples that are the digit asked for", f"{metrics['obedience']:.1%}"),
+        ("5-NN on the code (chance: 10%)", f"{metrics['knn_accuracy']['code']:.1%}"),
+        (
+            "logistic regression on the code (chance: 10%)",
+            f"{metrics['logistic_accuracy']['code']:.1%}",
+        ),
+        (
+            "fresh discriminator that sees the digit",
+            f"{metrics['fresh_discriminator']:.1%}",
+        ),
     ]
-    table = markdown_table(("what was trained", "epochs", *COLUMNS), rows)
-    return f"{table}\n\n{provenance(metrics)}" if long else table
+    table = markdown_table(("measure", "this run"), rows)
+    return f"{table}\n\n{provenance(metrics)}"
 
 
-# Report ------------------------------------------------------------------------------
+# Reports -----------------------------------------------------------------------------
 
-# By metrics file: the report's blocks that it fills.
+# By metrics file: the blocks that it fills. Comparisons come last, for they show runs.
 BLOCKS: dict[str, dict[str, Callable[[Metrics], str]]] = {
-    "q1_metrics.json": {"q1": q1, "q1.error": q1_error},
-    "unseen/q1_metrics.json": {"q1.unseen": q1_unseen},
-    "q1_comparisons_metrics.json": {"q1.comparisons": q1_rows},
+    "q1_metrics.json": {"q1": q1, "q1.error": q1_neighbours, "q1.versions": versions},
+    "unseen/q1_metrics.json": {"q1.unseen": q1},
     "q2_metrics.json": {
         "q2": provenance,
-        "q2.losses": q2_losses,
+        "q2.losses": lambda metrics: q2_run(metrics, LOSSES),
         "q2.match": q2_match,
         "q2.samples": q2_samples,
         "q2.neighbours": q2_neighbours,
+        "q2.versions": versions,
     },
-    "q2_control_metrics.json": {"q2.control": q2},
-    "course/q2_metrics.json": {"q2.course": q2},
+    "q2_control_metrics.json": {"q2.control": q2_full},
+    "course/q2_metrics.json": {"q2.course": q2_full},
+    "styles_metrics.json": {"styles": styles},
+    "q1_comparisons_metrics.json": {"q1.comparisons": q1_rows},
     "q2_comparisons_metrics.json": {
         "q2.seeds": q2_seeds,
         "q2.comparisons": lambda metrics: q2_rows(metrics, long=True),
         "q2.ablation": lambda metrics: q2_rows(metrics, long=False),
     },
 }
+# The homework's blocks; the others may be missing.
+NEEDED = "q1", "q2", "q2.losses", "q2.match", "q2.samples", "q2.neighbours"
+# What tells a row of today's layout from an older one.
+ROW_KEYS = {"q1": {"validation_mse"}, "q2": {"informative_match", "prior_match"}}
 
 
-def update(figures: Path = Path("figures"), report: Path = Path("report.md")) -> None:
-    """Rewrite the blocks of the report for which there are metrics.
+def with_own_runs(question: str, comparisons: Metrics, runs: Metrics) -> Metrics:
+    """Return comparisons whose rows of the scripts' own runs are taken from `runs`.
 
-    Where there is no report, or it lacks a block, that is said and nothing is lost.
-
-    Args:
-        figures: folder of the metrics.
-        report: the report.
+    A row of other code or data than the script's own run has a dagger in its title.
     """
-    if not report.exists():
-        print(f"There is no {report} here to refresh.")
-        return
-    text = report.read_text(encoding="utf-8")
-    for file, blocks in BLOCKS.items():
-        if not (figures / file).exists():
+    files = {"default": f"{question}_metrics.json"}
+    files["control"] = f"{question}_control_metrics.json"
+    own = runs.get(files["default"], {})
+    made_by = own.get("code"), own.get("data", {}).get("sha256")
+    rows = {}
+    for name, file in files.items():
+        if file in runs:
+            epochs = runs[file]["settings"]["epochs"]
+            shown = {"title": f"the {name}", "long": True, "epochs": epochs}
+            source = {"data": runs[file]["data"]["sha256"]}
+            rows[name] = runs[file] | shown | source
+    rows |= {k: v for k, v in comparisons["rows"].items() if k not in files}
+    for name, row in rows.items():
+        if own and (row.get("code"), row.get("data")) != made_by:
+            rows[name] = row | {"title": f"{row['title']}†"}
+    return {"rows": rows}
+
+
+def rewrite(report: Path, blocks: Mapping[str, str]) -> Counter[str]:
+    """Put the blocks into a report; return how many of each it has."""
+    text = report.read_bytes().decode("utf-8")  # bytes, so that line ends stay
+    line_end = "\r\n" if "\r\n" in text else "\n"
+    counts, new = Counter(), text
+    for name, content in blocks.items():
+        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+        block = f"{begin}\n{content}\n{end}".replace("\n", line_end)
+        new, counts[name] = pattern.subn(lambda _, block=block: block, new)
+    if new != text:
+        with replacing(report) as temporary:
+            # A file's name in a block may be of bytes that are no text.
+            temporary.write_bytes(new.encode("utf-8", "replace"))
+    return counts
+
+
+def update(figures: Path = Path("figures"), report: Path = Path("report.md")) -> bool:
+    """Rewrite the blocks of the report, and of `extras/report.md` beside it.
+
+    Tells what is damaged or can't be written, and returns whether all went well.
+    """
+    problems, blocks, runs = [], {}, {}
+    for file, renderers in BLOCKS.items():
+        path, question = figures / file, file[:2]
+        try:
+            metrics = runs[file] = read_json(path)
+            if "rows" in metrics:
+                metrics = with_own_runs(question, metrics, runs)
+                for name, row in list(metrics["rows"].items()):
+                    if not ROW_KEYS[question] <= row.keys():
+                        problems.append(f"{path}: row {name} is left out: old layout")
+                        del metrics["rows"][name]
+            blocks |= {name: render(metrics) for name, render in renderers.items()}
+        except (FileNotFoundError, NotADirectoryError):
             continue
-        metrics = json.loads((figures / file).read_text(encoding="utf-8"))
-        for name, render in blocks.items():
-            begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-            pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-            try:
-                block = f"{begin}\n{render(metrics).strip()}\n{end}"
-            except (KeyError, TypeError, AttributeError):
-                print(f"{figures / file} has another layout: run its script anew.")
-                break
-            text, count = pattern.subn(lambda _, new=block: new, text)
-            if count != 1:
-                print(f"{report} has {count} blocks {name}, where there should be one.")
-    temporary = report.with_name(f".{report.name}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(report)
-    except OSError as error:
-        error.filename = str(report)  # a full disk does not say where
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
+        except Exception as error:  # the file may hold anything
+            runs.pop(file, None)
+            problems.append(f"{path}: its blocks stay as they are: {error!r}")
+    if not blocks and not problems:
+        problems.append(f"{figures}: found no metrics there")
+    counts = Counter()
+    for path in (report, report.parent / "extras" / "report.md"):
+        try:
+            counts.update(rewrite(path, blocks))
+        except FileNotFoundError:
+            if path == report:
+                problems.append(f"There is no {path} here to refresh.")
+        except (OSError, UnicodeDecodeError) as error:
+            problems.append(f"{path}: {error}")
+    for name, count in counts.items():
+        if count > 1 or (count == 0 and name in NEEDED):
+            problems.append(f"{report}: found {count} blocks {name}, expected one")
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return not problems
 
 
 def main() -> None:
-    """Refresh the report."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    """Refresh the reports."""
+    parser = argparse.ArgumentParser(
+        description="Write the runs' numbers into reports."
+    )
     parser.add_argument("--figures", type=Path, default=Path("figures"))
     parser.add_argument("--report", type=Path, default=Path("report.md"))
     options = parser.parse_args()
-    update(options.figures, options.report)
+    if not update(options.figures, options.report):
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Every figure: drawn from small arrays, whole or not at all."""
+"""Every figure: drawn from small arrays, whole or not at all, for any user alike."""
 
 import inspect
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,51 +13,39 @@ import pytest
 import plots
 
 RNG = np.random.default_rng(0)
-EPOCHS = np.arange(1, 4)
-NAMES = "loss", "reconstruction_loss", "discriminator_loss", "encoder_loss"
-HISTORY = {"epoch": EPOCHS} | {
-    f"{kind}{name}": sign / EPOCHS
-    for kind in ("", "val_")
-    for name, sign in zip(NAMES, (1, 1, 1, -1), strict=True)
-}
+LOSSES = "loss", "reconstruction_loss", "discriminator_loss", "encoder_loss"
+NAMES = [f"{kind}{name}" for kind in ("", "val_") for name in LOSSES]
+HISTORY = {"epoch": np.arange(1, 4)} | {name: 1 / np.arange(1, 4) for name in NAMES}
 FIRST = {name: values[:1] for name, values in HISTORY.items()}
-UNVALIDATED = {k: v for k, v in HISTORY.items() if not k.startswith("val_")}
 BALANCE = {"discriminator_loss": 1.39, "encoder_loss": -0.69}
 LABELS = np.arange(40) % 10
-BY_DIGIT = {"1": 0.02, "7": 0.03}
-CODE_SIZES = [
-    {"code_dim": size, "test_mse": 1 / size, "pca_test_mse": 2 / size}
-    for size in (16, 64, 128)
-]
-
-
-def spectra(dimensions):
-    eigenvalues = np.sort(RNG.random(dimensions))[::-1]
-    return {"codes": eigenvalues, "40 prior draws": 0 * eigenvalues}
-
-
+SIZES = [{"code_dim": n, "test_mse": 1 / n, "pca_test_mse": 2 / n} for n in (16, 64)]
+SPECTRA = {1: [0.05], 3: [2.0, 1.0, 0.5]}
+MODELS = {"default": (0.91, 3.0, True), "other": (0.92, 2.0, False)}
 FIGURES = {
     "image_grid": [
         (RNG.random((2, 4, 784)), "title", ("input", "output")),
         (RNG.random((1, 1, 28, 28, 3)), "one image"),
     ],
     "q1_loss": [(HISTORY, 0.3, 16), (FIRST, 0.3, 1)],
-    "q1_errors": [(RNG.random((28, 28)), x, 0.02) for x in (BY_DIGIT, None)],
-    "q1_rate_distortion": [(CODE_SIZES,), (CODE_SIZES[:1],)],
-    "q2_losses": [(x, BALANCE) for x in (HISTORY, FIRST, UNVALIDATED)],
+    "q1_rate_distortion": [(SIZES,), (SIZES[:1],)],
+    "q2_losses": [(x, BALANCE) for x in (HISTORY, FIRST)],
     "q2_tsne": [(RNG.normal(size=(40, 2)), x) for x in (LABELS, None)],
-    "q2_prior_match": [(RNG.normal(size=(40, d)), spectra(d)) for d in (1, 3)],
-    "q2_frontier": [({"default": (0.91, 3.0, True), "other": (0.92, 2.0, False)},)],
+    "q2_prior_match": [
+        (
+            RNG.normal(size=(40, size)),
+            {"codes": np.array(values), "draws": np.ones(size)},
+        )
+        for size, values in SPECTRA.items()
+    ],
+    "q2_frontier": [(MODELS, 0.77), (MODELS, None)],
 }
 
 
 def test_every_figure_is_tried_here():
-    drawn = {
-        name
-        for name, value in vars(plots).items()
-        if inspect.isfunction(value) and value.__module__ == "plots" and name[0] != "_"
-    }
-    assert drawn == FIGURES.keys()
+    functions = inspect.getmembers(plots, inspect.isfunction)
+    own = {name for name, value in functions if value.__module__ == "plots"}
+    assert {name for name in own if name[0] != "_"} - {"check"} == FIGURES.keys()
 
 
 @pytest.mark.parametrize(
@@ -71,27 +60,19 @@ def test_figure_is_drawn_and_is_not_blank(tmp_path, name, case):
     assert pixels[..., :3].std() > 0.02
 
 
-def test_a_grid_shows_each_image_in_its_place(tmp_path):
-    greys = 0.2, 0.4, 0.6, 0.8, 0.0, 0.5
-    rows = np.ones((3, 2, 784)) * np.reshape(greys, (3, 2, 1))
+def test_a_grid_shows_each_image_in_its_place_and_colours(tmp_path):
+    colours = RNG.random((3, 2, 3)).round(1)
+    rows = np.ones((3, 2, 28, 28, 3)) * colours[:, :, None, None]
     plots.image_grid(tmp_path / "x.png", rows, "")
-    drawn = matplotlib.image.imread(tmp_path / "x.png")[..., 0]
-    places = [np.argwhere(np.abs(drawn - grey) < 0.01) for grey in greys]
+    drawn = matplotlib.image.imread(tmp_path / "x.png")[..., :3]
+    apart = [np.abs(drawn - colour).max(axis=-1) for colour in colours.reshape(-1, 3)]
+    places = [np.argwhere(distance < 0.01) for distance in apart]
     assert min(len(place) for place in places) > 200**2
     down, right = np.transpose([place.mean(axis=0) for place in places])
     np.testing.assert_allclose(down[::2], down[1::2])
     assert down[0] < down[2] < down[4]
     np.testing.assert_allclose(right[:4], right[2:])
     assert right[0] < right[1]
-
-
-def test_a_grid_shows_pixels_in_their_colours(tmp_path):
-    row = np.zeros((2, 28, 28, 3))
-    row[:, :14], row[:, 14:, :, 2] = (1.0, 0.5, 0.0), 1.0
-    plots.image_grid(tmp_path / "x.png", [row], "")
-    drawn = matplotlib.image.imread(tmp_path / "x.png")[..., :3]
-    for colour in ((1.0, 0.5, 0.0), (0.0, 0.0, 1.0)):
-        assert (np.abs(drawn - colour).max(axis=-1) < 0.01).sum() > 100**2
 
 
 def test_a_figure_that_fails_leaves_the_old_one(tmp_path):
@@ -102,27 +83,62 @@ def test_a_figure_that_fails_leaves_the_old_one(tmp_path):
         plots.image_grid(path, rows, r"no formula: $\frac$")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
-    with pytest.raises(OSError, match="missing"):
-        plots.image_grid(tmp_path / "missing" / "x.png", rows, "")
+    with pytest.raises(OSError, match=r"x\.png"):
+        plots.image_grid(path / "y.png", rows, "")
 
 
-def test_a_guests_own_plots_stay_as_they_are(tmp_path):
-    code = f"""
-import sys
+def test_what_cannot_be_drawn_is_told_in_one_line(monkeypatch):
+    plots.check()
+    monkeypatch.setitem(plots.STYLE, "text.usetex", True)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(OSError, match="can't draw here: .*latex") as raised:
+        plots.check()
+    assert "\n" not in str(raised.value)
+
+
+GRID = """
+import sys, plots, numpy
+rows = numpy.linspace(0, 1, 2 * 784).reshape(2, 1, 784)
+plots.image_grid("x.png", rows, "title", ("input", "output"))
+assert "matplotlib.pyplot" not in sys.modules
+assert not {"tensorflow", "keras"} & set(sys.modules)
+"""
+GUEST = (
+    """
 import matplotlib
 matplotlib.use("svg")
+matplotlib.rcParams["lines.linewidth"] = 7
 before = dict(matplotlib.rcParams)
-import plots, numpy
-from pathlib import Path
-plots.image_grid(Path({str(tmp_path / "x.png")!r}), numpy.zeros((1, 1, 784)), "")
-assert dict(matplotlib.rcParams) == before
-assert "matplotlib.pyplot" not in sys.modules
-assert not {{"tensorflow", "keras"}} & set(sys.modules)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=Path(plots.__file__).parent,
-    )
-    assert done.returncode == 0, done.stderr
+    + GRID
+    + "assert dict(matplotlib.rcParams) == before"
+)
+
+
+RC = b"image.origin: lower\nsavefig.dpi: 30\ntext.usetex: True\nno colon\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "backend", "settings", "exit_code"),
+    [
+        (GRID, "nonsense", RC, 0),
+        (GUEST, "module://not_there", RC, 0),
+        (GRID, "agg", b"font.family: caf\xe9\n", 2),
+    ],
+)
+def test_a_users_settings_change_no_figure(
+    tmp_path, code, backend, settings, exit_code
+):
+    (tmp_path / "matplotlibrc").write_bytes(settings)
+    home = str(Path(plots.__file__).parent)
+    environment = os.environ | {"MPLBACKEND": backend, "PYTHONPATH": home}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, cwd=tmp_path, env=environment)
+    assert done.returncode == exit_code, done.stderr
+    if exit_code:
+        assert b"Traceback" not in done.stderr
+        assert b"can't read its matplotlibrc" in done.stderr.splitlines()[-1]
+        return
+    rows = np.linspace(0, 1, 2 * 784).reshape(2, 1, 784)
+    plots.image_grid(tmp_path / "y.png", rows, "title", ("input", "output"))
+    assert (tmp_path / "x.png").read_bytes() == (tmp_path / "y.png").read_bytes()

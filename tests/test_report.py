@@ -1,7 +1,8 @@
-"""The report's blocks, from the metrics that runs leave behind."""
+"""The reports' blocks, from the metrics that runs leave behind."""
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,119 +12,209 @@ import pytest
 import report
 
 HOME = Path(report.__file__).parent
-OTHER = "<!-- begin q2 -->\nof another day\n<!-- end q2 -->\n"
-PROSE = "before\n<!-- begin q1 -->\n{}\n<!-- end q1 -->\nafter \\1\n" + OTHER
-PROVENANCE = {
+REPORT = "before\n<!-- begin q1 -->\n{}\n<!-- end q1 -->\nafter \\1\n"
+RUN = {
     "data": {"file": "given.npy", "source": "a file as given"},
     "settings": {"epochs": 3, "batch_size": 42, "learning_rate": 0.002},
     "seed": 7,
     "versions": {"python": "3.12.1", "keras": "3.9.9"},
     "training_seconds": 90.0,
 }
-Q1 = PROVENANCE | {
+Q1 = RUN | {
     "test_mse": 0.0123456,
+    "validation_mse": 0.013,
     "pca_test_mse": 0.0246912,
     "mean_image_test_mse": 0.1,
     "code_dim": 17,
     "parameters": 948675,
-    "digit_test_mse": {"3": 0.01111, "4": 0.02222},
     "knn_accuracy": None,
 }
-EIGENVALUES = "covariance_eigenvalue_min", "covariance_eigenvalue_max"
-MEASURES = "mmd", "ks_max", *EIGENVALUES
-MATCH = dict.fromkeys(MEASURES, 0.5) | {"fresh_discriminator": 0.5}
-MATCH["draws"] = dict.fromkeys(MEASURES, [0.4, 0.6])
-# As of data without labels.
-Q2 = PROVENANCE | {
+MATCH = dict.fromkeys(report.MATCH, 0.5) | {"fresh_discriminator": 0.5}
+MATCH["draws"] = dict.fromkeys(report.MATCH, [0.4, 0.6])
+PARTS = {"code": 0.91, "pca": 0.92}
+GOOD = {"frechet_distance": 3.21, "precision": 0.81, "recall": 0.82}
+GOOD |= {"clear": 0.83, "digits": [0.1] * 10}
+Q2 = RUN | {
     "test_images": 10_000,
     "test_mse": 0.0123456,
-    "pca_test_mse": {"10": 0.03},
+    "pca_test_mse": 0.03,
     "test_reconstruction_loss": 2.5,
     "loss_discriminator": 1.3,
-    "loss_encoder": -1e-4,
+    "loss_encoder": -0.69,
     "code_dim": 100,
-    "signal_dimensions": 10,
-    "signal_noise": [0.1, 0.2],
+    "informative_dimensions": 10,
     "prior_match": MATCH,
-    "signal_match": MATCH,
-    "start_match": {"all": MATCH, "signal": MATCH},
-    "sample_quality": {"samples": None},
-    "knn_accuracy": None,
-    "trustworthiness": {"code": 0.9},
-    "tsne_trustworthiness": 0.9,
+    "informative_match": MATCH,
+    "fresh_discriminator_on_draws": 0.501,
+    "sample_quality": {"test_images": GOOD | {"accuracy": 0.98}, "samples": GOOD},
+    "knn_accuracy": PARTS | {"pixels": 0.93},
+    "logistic_accuracy": PARTS,
+    "trustworthiness": PARTS,
+    "knn_bound": 0.767,
+    "tsne_trustworthiness": 0.94,
 }
+UNLABELLED = dict.fromkeys(("knn_accuracy", "logistic_accuracy", "knn_bound"))
+UNLABELLED["sample_quality"] = dict.fromkeys(("test_images", "samples"))
+DAMAGED = (
+    "",
+    '{"test_mse": 0.',
+    "[]",
+    "null",
+    '{"test_mse": null}',
+    '{"rows": 3}',
+    "\xe9",
+)
 
 
-def refreshed(folder, text, name="q1_metrics.json", metrics=Q1):
-    """Return the report after a run that left these metrics."""
-    path, figures = folder / "report.md", folder / "figures"
-    figures.mkdir(exist_ok=True)
-    (figures / name).write_text(json.dumps(metrics), encoding="utf-8")
+def rendered(folder, text="", **metrics):
+    """Return the report after runs that left these metrics, by the file's stem."""
+    (folder / "figures").mkdir(exist_ok=True)
+    for name, content in metrics.items():
+        path = folder / "figures" / f"{name}_metrics.json"
+        path.write_text(json.dumps(content), encoding="utf-8")
+    names = [name for blocks in report.BLOCKS.values() for name in blocks]
+    for name in () if text else names:
+        text += f"<!-- begin {name} -->\n<!-- end {name} -->\n"
+    path = folder / "report.md"
     path.write_text(text, encoding="utf-8")
-    report.update(figures, path)
-    assert sorted(folder.iterdir()) == [figures, path]
+    report.update(folder / "figures", path)
     return path.read_text(encoding="utf-8")
 
 
+def block(text, name):
+    return text.partition(f"<!-- begin {name} -->\n")[2].partition("<!-- end")[0]
+
+
 def test_blocks_are_rewritten_and_all_else_is_kept(tmp_path):
-    text = refreshed(tmp_path, PROSE.format("old"))
-    before, block, after = text.partition("<!-- end q1 -->")
-    assert before.startswith("before\n<!-- begin q1 -->\n|")
-    assert "old" not in before
-    assert block + after == PROSE.format("").partition("\n\n")[2]
-    assert refreshed(tmp_path, text) == text
-
-
-@pytest.mark.parametrize(("text", "count"), [("prose", 0), (PROSE * 2, 2)])
-def test_a_block_that_is_not_there_once_is_said(tmp_path, capsys, text, count):
-    found = refreshed(tmp_path, text)
-    assert f"{count} blocks q1," in capsys.readouterr().out
-    assert count or found == text
+    path = tmp_path / "real.md"
+    link = tmp_path / "report.md"
+    path.write_bytes(REPORT.format("old").replace("\n", "\r\n").encode())
+    path.chmod(0o640)
+    link.symlink_to(path)
+    data = RUN["data"] | {"file": os.fsdecode(b"donn\xe9es.npy")}
+    metrics = json.dumps(Q1 | {"data": data})
+    (tmp_path / "q1_metrics.json").write_text(metrics, encoding="utf-8")
+    assert report.update(tmp_path, link)
+    text = path.read_bytes()
+    assert b"old" not in text
+    assert b"`donn?es.npy`" in text  # a byte that is no UTF-8
+    assert text.startswith(b"before\r\n<!-- begin q1 -->\r\n| autoencoder |")
+    assert text.endswith(b"of training.\r\n<!-- end q1 -->\r\nafter \\1\r\n")
+    assert text.count(b"\n") == text.count(b"\r\n")
+    assert link.is_symlink()
+    assert path.stat().st_mode & 0o777 == 0o640
 
 
 def test_question_1s_block_has_the_runs_numbers(tmp_path):
-    text = PROSE.format("") + "<!-- begin q1.error --><!-- end q1.error -->"
-    found = refreshed(tmp_path, text)
+    text = block(rendered(tmp_path, q1=Q1), "q1")
     for number in ("0.01235", "0.02469", "0.10000", "19.08", "948,675", "17"):
-        assert f"| {number} |" in found
+        assert f"| {number} |" in text
     for words in ("`given.npy`", "3 epochs", "batch 42", "rate 0.002", "seed 7"):
-        assert words in found
-    for words in ("0.50 times", "it beats", "1.5 minutes", "keras 3.9.9"):
-        assert words in found
-    assert "hardest 4, with 0.02222" in found
-    worse = refreshed(tmp_path, text, metrics=Q1 | {"test_mse": 0.05})
-    assert "does **not** beat" in worse
+        assert words in text
+    assert "0.50 times that of PCA: it beats" in text
+    assert "1.5 minutes" in text
+    assert "does **not** beat" in rendered(tmp_path, q1=Q1 | {"test_mse": 0.05})
 
 
 @pytest.mark.parametrize(
-    ("signal_match", "told"),
+    ("change", "told"),
     [
-        (MATCH, "**Yes.**"),
-        (MATCH | {"ks_max": 0.7}, "**Not exactly.**"),
-        (MATCH | {"fresh_discriminator": 0.9}, "**No.**"),
-        (None, "the codes hold nothing"),
+        ({}, "**yes**; outside the range of true draws: no measure."),
+        (
+            {"ks_max": 0.7, "mmd": 0.3},
+            "**nearly**; outside the range of true draws: lar",
+        ),
+        ({"covariance_eigenvalue_min": 0.3}, "**nearly**"),
+        ({"fresh_discriminator": 0.53}, "**nearly**"),
+        (
+            {"fresh_discriminator": 0.9},
+            "**no**; outside the range of true draws: fresh",
+        ),
     ],
 )
-def test_question_2s_block_says_whether_codes_follow_the_prior(
-    tmp_path, signal_match, told
+def test_the_verdict_is_over_informative_and_over_all_coordinates(
+    tmp_path, change, told
 ):
-    block = "<!-- begin q2.control --><!-- end q2.control -->"
-    metrics = Q2 | {"signal_match": signal_match}
-    text = refreshed(tmp_path, block, "q2_control_metrics.json", metrics)
-    assert told in text
-    assert "| 0.01235 |" in text
-    assert "takes labels" in text
-    assert "-0.000" not in text
-    assert "None" not in text
+    metrics = Q2 | {"informative_match": MATCH | change}
+    text = block(rendered(tmp_path, q2=metrics), "q2.match")
+    assert f"Over the 10 informative coordinates, {told}" in text
+    assert "Over all 100 coordinates, **yes**" in text
+    assert "right in 50.1% of cases" in text
 
 
-def test_committed_report_says_what_the_committed_metrics_say(tmp_path, capsys):
-    path = tmp_path / "report.md"
-    text = (HOME / "report.md").read_text(encoding="utf-8")
-    path.write_text(text, encoding="utf-8")
-    report.update(HOME / "figures", path)
-    assert capsys.readouterr().out == ""
-    assert path.read_text(encoding="utf-8") == text
+def test_question_2s_blocks_have_the_runs_numbers_or_say_why_not(tmp_path):
+    text = rendered(tmp_path, q2=Q2, q2_control=Q2 | UNLABELLED)
+    assert "| 91.0% | 91.0% | 0.9100 |" in block(text, "q2.neighbours")
+    assert "at most 76.7%, if" in block(text, "q2.neighbours")
+    assert "| samples | 3.21 | 81.0% | 82.0% | 83.0% |" in block(text, "q2.samples")
+    assert "python 3.12.1, keras 3.9.9" in block(text, "q2.versions")
+    assert "| 5-NN |  |" in block(text, "q2.control")
+    text = rendered(tmp_path, q2=Q2 | UNLABELLED)
+    assert "takes labels" in block(text, "q2.samples")
+    assert "at most" not in block(text, "q2.neighbours")
+
+
+def test_comparisons_show_the_scripts_own_runs_as_they_are_now(tmp_path, capsys):
+    row = Q2 | {"title": "another", "long": True, "epochs": 3, "test_mse": 0.4}
+    rows = {name: row for name in ("default", "control", "seed-1")}
+    rows |= {"vae": row | {"loss_discriminator": None}, "old": {"long": True}}
+    rows["short"] = row | {"long": False, "seed": 1}
+    text = rendered(tmp_path, q2=Q2, q2_comparisons={"rows": rows})
+    table = block(text, "q2.comparisons")
+    assert "| the default (`default`) | 3 | 0.01235 | 3.21 |" in table
+    assert "`control`" not in table
+    assert "| another (`vae`) | 3 | 0.40000 | 3.21 | 83.0% | 91.0% |  | 10 |" in table
+    assert "`short`" in block(text, "q2.ablation")
+    assert "`old`" not in text
+    assert "row old is left out" in capsys.readouterr().err
+    mean = "| test MSE | 0.01235 | 0.40000 | 0.20617 | 0.01235 .. 0.40000 |"
+    assert mean in block(text, "q2.seeds")
+    small = Q1 | {"title": "small", "code_dim": 8}
+    text = rendered(tmp_path, q1=Q1, q1_comparisons={"rows": {"x": small}})
+    table = block(text, "q1.comparisons")
+    assert table.index("| small (`x`) | 8 |") < table.index("| the default (`default`)")
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_damaged_file_is_told_and_the_other_blocks_are_refreshed(
+    tmp_path, capsys, content
+):
+    rendered(tmp_path)
+    path = tmp_path / "figures" / "q2_control_metrics.json"
+    path.write_bytes(content.encode("latin-1"))
+    assert "0.01235" in block(rendered(tmp_path, q1=Q1), "q1")
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2  # the first of an empty folder
+    assert str(path) in told[1]
+
+
+def test_a_block_lives_in_either_report_once(tmp_path, capsys):
+    (tmp_path / "extras").mkdir()
+    extras = tmp_path / "extras" / "report.md"
+    extras.write_text("<!-- begin q2.seeds -->\n<!-- end q2.seeds -->")
+    comparisons = {"rows": {"seed-1": Q2 | {"title": "", "long": True, "epochs": 1}}}
+    rendered(tmp_path, REPORT, q1=Q1, q2_comparisons=comparisons)
+    assert "| measure | seed 7 |" in extras.read_text()
+    assert capsys.readouterr().err == ""
+    rendered(tmp_path, "prose", q1=Q1)
+    assert "0 blocks q1, expected one" in capsys.readouterr().err
+    rendered(tmp_path, REPORT * 2, q1=Q1)
+    assert "2 blocks q1, expected one" in capsys.readouterr().err
+
+
+def test_a_report_that_cannot_be_read_or_written_is_told(tmp_path, capsys):
+    (tmp_path / "q1_metrics.json").write_text(json.dumps(Q1), encoding="utf-8")
+    latin, folder, long = (tmp_path / name for name in ("latin", "folder", "x" * 250))
+    latin.write_bytes(b"caf\xe9" + REPORT.encode())
+    folder.mkdir()
+    long.write_text(REPORT)  # there is no room for a temporary name
+    for path in (latin, folder, long, tmp_path / "none"):
+        assert not report.update(tmp_path, path)
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1
+        assert str(path) in told
+    assert latin.read_bytes() == b"caf\xe9" + REPORT.encode()
+    assert long.read_text() == REPORT
 
 
 def test_psnr_of_a_known_error():
@@ -131,17 +222,27 @@ def test_psnr_of_a_known_error():
     assert 1000 < report.psnr_db(0.0) < math.inf
 
 
-def test_metrics_of_another_layout_are_told_and_change_nothing(tmp_path, capsys):
-    text = PROSE.format("old")
-    assert refreshed(tmp_path, text, metrics={"test_mse": 0.5}) == text
-    assert "q1_metrics.json has another layout" in capsys.readouterr().out
+def test_committed_report_says_what_the_committed_metrics_say(tmp_path, capsys):
+    for name in ("report.md", "extras/report.md"):
+        if (HOME / name).exists():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_bytes((HOME / name).read_bytes())
+    report.update(HOME / "figures", tmp_path / "report.md")
+    assert capsys.readouterr().err == ""
+    for path in tmp_path.rglob("*.md"):
+        assert path.read_bytes() == (HOME / path.relative_to(tmp_path)).read_bytes()
 
 
-def test_the_script_refreshes_a_report_if_there_is_one(tmp_path):
-    command = [sys.executable, report.__file__, "--report", "report.md"]
-    assert b"no report.md" in subprocess.check_output(command, cwd=tmp_path)
-    assert not list(tmp_path.iterdir())
-    text = refreshed(tmp_path, PROSE)
-    (tmp_path / "report.md").write_text(PROSE, encoding="utf-8")
-    subprocess.run(command, cwd=tmp_path, check=True)
+def test_the_script_refreshes_a_report_also_many_at_once(tmp_path):
+    command = [sys.executable, "-OO", report.__file__]
+    wrong = [*command, "--figures", "nosuch"]
+    done = subprocess.run(wrong, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "nosuch: found no metrics" in done.stderr
+    text = rendered(tmp_path, REPORT, q1=Q1)
+    (tmp_path / "report.md").write_text(REPORT, encoding="utf-8")
+    running = [subprocess.Popen(command, cwd=tmp_path) for _ in range(12)]
+    assert [each.wait() for each in running] == [0] * 12
     assert (tmp_path / "report.md").read_text(encoding="utf-8") == text
+    assert len(list(tmp_path.iterdir())) == 2
