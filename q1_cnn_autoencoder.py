@@ -203,7 +203,7 @@ def train_model(
         run,
         autoencoder,
         optimizers=[autoencoder.optimizer],
-        networks={"autoencoder": autoencoder},
+        networks=[autoencoder],
         train=train,
         valid=valid,
         shown={"loss": "loss", "val_loss": "validation loss"},

@@ -62,9 +62,6 @@ class Recipe(NamedTuple):
     rate_b: float = 1e-3  # at its peak
     rate_c: float = 1.5e-3  # at its peak
     epsilon_c: float = 1e-3  # of Adam in (c): small gradients make small steps
-    # The greatest norm of a gradient: one long step can lose a code for good.
-    clip_a: float | None = 1024.0  # its loss is a sum over the batch
-    clip_c: float | None = 2.0  # its loss is a mean
 
 
 DEFAULT = Recipe()
@@ -213,7 +210,6 @@ class AdversarialAutoencoder(keras.Model):
             utils.falling_rate(learning_rate, schedule),
             weight_decay=recipe.weight_decay,
             beta_1=recipe.beta_1,
-            global_clipnorm=recipe.clip_a,
         )
         super().compile(adam_a, jit_compile=True)  # as self.optimizer
         self.discriminator_optimizer = keras.optimizers.Adam(
@@ -223,7 +219,6 @@ class AdversarialAutoencoder(keras.Model):
             utils.falling_rate(recipe.rate_c, schedule),
             beta_1=recipe.beta_1,
             epsilon=recipe.epsilon_c,
-            global_clipnorm=recipe.clip_c,
         )
         # Adam's variables are made now, so that a checkpoint can be loaded into them.
         encoder = self.encoder.trainable_variables
@@ -285,8 +280,6 @@ CONTROL = Recipe(
     rate_b=2e-4,
     rate_c=2e-4,
     epsilon_c=1e-7,
-    clip_a=None,
-    clip_c=None,
 )
 
 # Training --------------------------------------------------------------------------
@@ -339,11 +332,7 @@ def train_model(
         run,
         model,
         optimizers=model.optimizers,
-        networks={
-            "encoder": model.encoder,
-            "decoder": model.decoder,
-            "discriminator": model.discriminator,
-        },
+        networks=[model.encoder, model.decoder, model.discriminator],
         train=train,
         valid=valid,
         shown={

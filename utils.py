@@ -459,13 +459,13 @@ class RunFolder:
                 for row in arrays["history"].tolist()
             ]
 
-    def save_networks(self, networks: Mapping[str, keras.Model]) -> None:
-        """Save networks as NAME.keras, and what belongs together in networks.json."""
-        for name, network in networks.items():
-            with replacing(self.path / f"{name}.keras") as temporary:
+    def save_networks(self, networks: Sequence[keras.Model]) -> None:
+        """Save networks under their names, and in networks.json what is of one run."""
+        content = {"data": self.source["sha256"]}
+        for network in networks:
+            with replacing(self.path / f"{network.name}.keras") as temporary:
                 network.save(temporary)
-        digests = {name: weights_digest(each) for name, each in networks.items()}
-        content = {"data": self.source["sha256"], **digests}
+            content[network.name] = weights_digest(network)
         write_json(self.path / "networks.json", content)
 
     def write_history(self, history: Mapping[str, np.ndarray]) -> None:
@@ -499,7 +499,7 @@ def fit(
     run: RunFolder,
     model: keras.Model,
     optimizers: Sequence[keras.optimizers.Optimizer],
-    networks: Mapping[str, keras.Model],
+    networks: Sequence[keras.Model],
     train: np.ndarray,
     valid: np.ndarray,
     shown: Mapping[str, str],
@@ -515,7 +515,7 @@ def fit(
         run: the run's folder.
         model: compiled, its optimizers built; its images are float32 in [0, 1].
         optimizers: all that train it; a checkpoint holds their states.
-        networks: what is saved at the end, by file name.
+        networks: what is saved at the end.
         train: training images, (N, ...).
         valid: validation images, (M, ...).
         shown: labels of the losses that the screen shows, by the losses' names.
