@@ -20,34 +20,33 @@ BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 DIM, INFORMATIVE = 12, 4
 RNG = np.random.default_rng(0)
 DECODE = "([run, codes]) => codes.map((code) => [...explorer.decode(run, code)])"
-AXES_DIGIT = "document.getElementById('axes-digit')"
-ENCODE = "(image) => [...explorer.encode(image)]"
 IMAGES = "(id) => document.getElementById(id).images.map((image) => [...image])"
 NOISY_CANVAS = """
 const read = CanvasRenderingContext2D.prototype.getImageData;
 CanvasRenderingContext2D.prototype.getImageData = function (...area) {
   const picture = read.apply(this, area);
-  picture.data.forEach((value, i) => { picture.data[i] = value ^ (Math.random() * 64); });
+  picture.data.forEach((value, i, data) => { data[i] = value ^ (Math.random() * 64); });
   return picture;
 };"""
 
 
 def save_networks(folder, *networks, **record):
     """Save networks of a run, and enter them in its record."""
+    path = folder / "networks.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
     for network in networks:
         network.save(folder / f"{network.name}.keras")
         record[network.name] = utils.weights_digest(network)
-    path = folder / "networks.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
     write_json(path, before | record)
 
 
 def save_run(folder, data, **changes):
     keras.utils.set_random_seed(0)
-    recipe = q2.DEFAULT._replace(hidden=(48, 48, 48), **changes)
+    recipe = q2.DEFAULT._replace(hidden=(48, 48), **changes)
     encoder, decoder = q2.build_encoder(DIM, recipe), q2.build_decoder(DIM, recipe)
-    pixels = decoder.layers[-1].kernel
-    pixels.assign(8 * pixels)  # untrained, images are all grey
+    # Untrained, codes are all near zero, and images are all grey.
+    for layer in (encoder.get_layer("informative"), decoder.layers[-1]):
+        layer.kernel.assign(8 * layer.kernel)
     folder.mkdir()
     save_networks(folder, encoder, decoder, data=describe_source(data)["sha256"])
 
@@ -99,7 +98,7 @@ def opened(browser):
         if not request.url.startswith(("file:", "data:", "blob:")):
             words.append(request.url)
 
-    def open_page(path, width=1200, script="", is_whole=True):
+    def open_page(path, width=1200, script=""):
         size = {"width": width, "height": 900}
         options = {"viewport": size, "offline": True, "reduced_motion": "reduce"}
         contexts.append(browser.new_context(**options))
@@ -110,8 +109,8 @@ def opened(browser):
         page.on("pageerror", lambda error: words.append(str(error)))
         page.on("request", requested)
         page.goto(path.as_uri())
-        page.evaluate("window.explorer?.ready")
-        assert page.locator("#notice").is_hidden() == is_whole
+        page.evaluate("explorer.ready")
+        assert page.locator("#notice").is_hidden(), page.inner_text("#notice")
         return page
 
     yield open_page
@@ -146,29 +145,25 @@ def test_networks_are_kerass(made, opened):
         assert difference.max() < 12 / 255
     encoder = keras.saving.load_model(folder / "q2" / "encoder.keras")
     known = encoder.predict(images[:5], verbose=0)[:, :INFORMATIVE]
-    assert known.std() > 0.2
-    for image, code in zip(images, known, strict=False):
-        assert page.evaluate(ENCODE, image.tolist()) == pytest.approx(code, abs=0.1)
+    assert known.std() > 0.5
+    encode = "(images) => images.map((image) => [...explorer.encode(image)])"
+    assert page.evaluate(encode, images[:5].tolist()) == pytest.approx(known, abs=0.1)
     facts = page.inner_text("#facts")
-    assert f"over {len(images) + 3000:,} codes decoded by the main run" in facts
-    assert f"over {len(images)} images" in facts
+    assert f"Over {len(images) + 3000:,} codes decoded by the main run" in facts
+    assert f"Over {len(images)} encoded images" in facts
 
 
-def test_codes_are_completed_by_draws(made, opened):
+def test_draws_complete_a_code_and_stay_while_a_slider_moves(made, opened):
     page = opened(made[0] / "page.html")
-    code = "[...explorer.complete('main', [1, 2, 3, 4])]"
-    first, again = page.evaluate(code), page.evaluate(code)
-    assert len(first) == DIM and first == again and first[:4] == [1, 2, 3, 4]
-    before = np.array(page.evaluate("[...explorer.axes.code]"))
+    completed = "[...explorer.complete('main', [1, 2, 3, 4])]"
+    code = page.evaluate(completed)
+    assert len(code) == DIM and code[:INFORMATIVE] == [1, 2, 3, 4]
+    assert page.evaluate(completed) == code
+    code = np.array(page.evaluate("[...explorer.axes.code]"))
     page.focus("#axis-0")
     page.keyboard.press("ArrowRight")
-    moved = np.array(page.evaluate("[...explorer.axes.code]"))
-    assert np.count_nonzero(moved != before) == 1
-    assert np.count_nonzero(moved[:INFORMATIVE] != before[:INFORMATIVE]) == 1
-    page.click("#axes-draws")
-    renewed = np.array(page.evaluate("[...explorer.axes.code]"))
-    assert (renewed[:INFORMATIVE] == moved[:INFORMATIVE]).all()
-    assert (renewed[INFORMATIVE:] != moved[INFORMATIVE:]).all()
+    moved = page.evaluate("[...explorer.axes.code]") - code
+    assert np.count_nonzero(moved) == np.count_nonzero(moved[:INFORMATIVE]) == 1
 
 
 def test_a_stroke_is_centred_encoded_and_restored(made, opened):
@@ -193,6 +188,9 @@ def test_a_stroke_is_centred_encoded_and_restored(made, opened):
     cells = "[...document.querySelectorAll('#drawn-draws canvas')]"
     drawn = np.array(page.evaluate(f"{cells}.map((each) => [...each.images[0]])"))
     assert len(drawn) == 6 and drawn.std(axis=0).max() > 1e-3
+    page.click("#other-draws")
+    pixel = "document.getElementById('drawn-decoded').images[0][400]"
+    until(page, f"{pixel} !== {known[400]}")
     assert "nearest training codes" in page.inner_text("#drawn-text")
     page.click("#pad-clear")
     until(page, "explorer.pad.image === null")
@@ -241,7 +239,11 @@ def test_every_control_is_reached_and_worked_by_keys(made, opened):
         ("#position", "ArrowLeft", "explorer.walk.at"),
         ("#play", "Enter", "explorer.walk.playing"),
         ("#class-0", "ArrowDown", "explorer.walk.ends[0]"),
-        ("#axis-0", "ArrowRight", f"{AXES_DIGIT}.images[0][400]"),
+        (
+            "#axis-0",
+            "ArrowRight",
+            "document.getElementById('axes-digit').images[0][400]",
+        ),
         ("#runs input", "ArrowDown", "document.querySelector('#runs input').checked"),
         ("#pad", "Space", "explorer.pad.strokes.length"),
         ("#pad", "ArrowDown", "explorer.pad.strokes[0].length"),
@@ -272,9 +274,7 @@ def test_an_absent_control_leaves_no_empty_parts(made, opened, tmp_path, monkeyp
 def test_a_browser_that_alters_pictures_is_told(made, opened):
     page = opened(made[0] / "page.html", script=NOISY_CANVAS)
     page.click("#pad-example")
-    until(page, "explorer.pad.strokes.length === 1")
-    page.wait_for_timeout(100)
-    assert "browser alters" in page.inner_text("#drawn-text")
+    until(page, "document.getElementById('drawn-text').textContent.includes('alters')")
     assert page.evaluate("explorer.pad.image") is None
 
 
@@ -283,36 +283,39 @@ def test_a_saved_page_works(made, opened, tmp_path):
     path = tmp_path / "saved.html"
     path.write_text(page.evaluate("document.documentElement.outerHTML"), "utf-8")
     saved = opened(path)
-    for found in ("#legend button", "#class-0 option", "#sliders input"):
-        assert saved.locator(found).count() == page.locator(found).count() > 0
+    assert (
+        saved.locator("button, option, input").count()
+        == page.locator("button, option, input").count()
+    )
     saved.click("#pad-example")
     until(saved, "explorer.pad.image !== null")
 
 
 def test_a_damaged_page_says_so(made, opened, tmp_path):
-    text = (made[0] / "page.html").read_text("utf-8")
-    path = tmp_path / "damaged.html"
-    cuts = "header nav, main", ".page {", "<main>", 'id="part-walk"', "function start"
+    text, path = (made[0] / "page.html").read_text("utf-8"), tmp_path / "damaged.html"
+    tag = 'id="blob-main-decoder">'
+    start = text.index(tag) + len(tag)
+    middle, end = start + 5000, text.index("</script>", start)
+    cuts = "header nav, main", ".page {", 'id="part-walk"', "function start"
     damaged = [text[: text.index(cut)] for cut in cuts]
-    for name in ("meta", "map", "digits", "control-codes", "main-encoder"):
-        tag = f'id="blob-{name}">'
-        start = text.index(tag) + len(tag)
-        end = text.index("</script>", start)
-        damaged += [text[: end - 40], text.replace(tag, 'id="other">')]
-        middle = (start + end) // 2
-        changed = "AAAA" if text[middle : middle + 4] != "AAAA" else "BBBB"
-        damaged.append(text[:middle] + changed + text[middle + 4 :])
-        damaged += [text[:middle] + text[end:], text[:middle] + "!" + text[middle:]]
+    damaged.append(text[:middle])
+    damaged.append(text.replace(tag, 'id="other">'))
+    for part in ("", "AAAA", "!"):  # no base64, or another gzip stream
+        damaged.append(text[:middle] + part + text[middle + 4 :])
+    damaged.append(text[:middle] + text[end:])
+    damaged.append(text.replace('id="blob-meta">', 'id="blob-meta">H4sI'))
+    path.write_text(text, "utf-8")
+    page = opened(path)
     for content in damaged:
         path.write_text(content, "utf-8")
-        page = opened(path, is_whole=False)
+        page.goto(path.as_uri())
+        page.evaluate("window.explorer?.ready")
         assert "incomplete or damaged" in page.inner_text("#notice")
         assert page.locator("canvas:visible").count() == 0
-        page.context.close()
 
 
 def spoil_decoder(folder, value, code_dim=DIM):
-    decoder = q2.build_decoder(code_dim, q2.DEFAULT._replace(hidden=(48, 48, 48)))
+    decoder = q2.build_decoder(code_dim, q2.DEFAULT._replace(hidden=(48, 48)))
     kernel = decoder.get_layer("hidden_2").kernel
     kernel.assign(np.where(np.eye(48), value, kernel))
     save_networks(folder, decoder)
@@ -325,12 +328,9 @@ def spoil_decoder(folder, value, code_dim=DIM):
         (lambda run: (run / "networks.json").write_text("{"), "networks.json: found"),
         (lambda run: save_networks(run, data="0"), "a run on other data"),
         (lambda run: save_networks(run, decoder="0"), "decoder.keras: found another"),
-        (
-            lambda run: (run / "encoder.keras").write_bytes(b"PK"),
-            "encoder.keras: found",
-        ),
+        (lambda run: (run / "decoder.keras").write_bytes(b"PK"), "decoder.keras: fou"),
         (lambda run: spoil_decoder(run, np.nan), "weights that are not finite"),
-        (lambda run: spoil_decoder(run, 1e30), "outputs that are not finite"),
+        (lambda run: spoil_decoder(run, 3e38), "outputs that are not finite"),
         (lambda run: spoil_decoder(run, 3e3), "rounding changes an output by"),
         (lambda run: spoil_decoder(run, 0, code_dim=9), "of shapes [("),
         (lambda run: (run / "tsne.npz").unlink(), "tsne.npz: found"),
@@ -339,17 +339,13 @@ def spoil_decoder(folder, value, code_dim=DIM):
         (lambda run: save_map(run, np.eye(2), encoder="0"), "another encoder's codes"),
     ],
 )
-def test_parts_that_do_not_belong_together_are_refused(
-    made, refused, tmp_path, spoil, told
-):
+def test_parts_that_do_not_fit_are_refused(made, refused, tmp_path, spoil, told):
     folder, arguments, _ = made
-    run = tmp_path / "run"
+    run, output = tmp_path / "run", tmp_path / "page.html"
     shutil.copytree(folder / "q2", run)
     spoil(run)
-    output = tmp_path / "page.html"
-    assert told in refused(
-        explorer.main, *arguments, "--run-dir", run, "--output", output
-    )
+    arguments = [*arguments, "--run-dir", run, "--output", output]
+    assert told in refused(explorer.main, *arguments)
     assert not output.exists()
 
 
