@@ -50,7 +50,8 @@ def load_run(folder: Path, data_digest: str, command: str) -> Run:
     """
     path = folder / utils.NETWORKS
     with utils.damage_told(path, f"the record of a run on this data; run {command}"):
-        record = dict(json.loads(path.read_text(encoding="utf-8")))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        record = {name: content[name] for name in ("data", "encoder", "decoder")}
         if record["data"] != data_digest:
             raise ValueError("the record of a run on other data")
     run = {}
