@@ -237,6 +237,7 @@ def q2_tsne(path: str | Path, points: np.ndarray, labels: np.ndarray | None) -> 
             f"t-SNE of the informative coordinates of {count} training codes"
         )
         axes.set(xticks=[], yticks=[], aspect="equal")
+        axes.invert_yaxis()  # as the explorer's page has it
         axes.spines[:].set_visible(False)
         style = {"s": max(0.6, min(20.0, 20_000 / len(points))), "linewidths": 0}
         if labels is None:

@@ -218,10 +218,10 @@ def run_script(main: Callable[[], None]) -> None:
             main()
             print(end="", flush=True)  # fails here if nobody reads the output
     except (KeyboardInterrupt, BrokenPipeError) as error:
-        # Python's last flush would fail where nobody reads the output any more.
-        with contextlib.suppress(OSError):
+        try:
             print(end="", flush=True)
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        except OSError:  # nobody reads the output, so Python's last flush would fail
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         in_notebook = hasattr(builtins, "__IPYTHON__")
         words = ["%run", *sys.argv] if in_notebook else sys.orig_argv
         if isinstance(error, Interrupted) and "--resume" not in words:
