@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import utils
@@ -23,151 +24,223 @@ from read_MNIST_M import load_mnist_m
 HOME = Path(__file__).parents[1]
 RNG = np.random.default_rng(0)
 BATCH = tf.constant(utils.unit_floats(tiny_digits()[0][:64].reshape(-1, 784)))
+SCHEDULE = utils.Schedule(epochs=10, steps=100, batch_size=64)
 
 
-def build(kind, **changes):
+def build(kind):
     keras.utils.set_random_seed(0)
-    model = kind(8, q2.DEFAULT._replace(hidden=(48, 48), **changes))
-    model.images = BATCH
-    model.compile(5e-3, epochs=10, steps=100)
+    recipe = q2.DEFAULT._replace(hidden=(48, 48), discriminator_hidden=(40,))
+    model = kind(8, recipe)
+    model.compile(5e-3, SCHEDULE)
     return model
 
 
-def test_variational_autoencoder_minimises_the_evidence_bounds_formula():
-    model = build(comparisons.VariationalAutoencoder)
+@pytest.mark.parametrize(
+    ("kind", "weight"),
+    [(comparisons.VariationalAutoencoder, 1), (comparisons.HalfWeight, 0.5)],
+)
+def test_variational_autoencoder_minimises_the_evidence_bounds_formula(kind, weight):
+    model = build(kind)
     arrays = model.encoder.get_weights()
     model.encoder.set_weights([a + RNG.normal(0, 0.05, a.shape) for a in arrays])
-    loss, restored = model.minus_bound(BATCH)
+    loss, restored = model.negative_bound(BATCH)
     x, y = BATCH.numpy(), restored.numpy().astype(np.float64)
     surprise = -(x * np.log(y) + (1 - x) * np.log(1 - y)).sum(axis=1)
-    mean, deviation = (
-        part.astype(np.float64) for part in metrics.posterior(model.encoder, x)
-    )
+    _, mean, log_variance = (part.numpy() for part in model.posterior(BATCH))
+    deviation = np.exp(log_variance.astype(np.float64) / 2)
     divergence = (mean**2 + deviation**2 - 1).sum(axis=1) / 2
     divergence -= np.log(deviation).sum(axis=1)
     assert divergence.std() > 0
-    assert loss.numpy() == pytest.approx((surprise + divergence).mean(), rel=1e-4)
+    expected = (surprise + weight * divergence).mean()
+    assert loss.numpy() == pytest.approx(expected, rel=1e-4)
+
+    # What is saved as its encoder draws from this posterior, and neighbours are means.
+    codes = utils.predict(model.encoder, np.repeat(x[:1], 4000, axis=0))
+    np.testing.assert_allclose(model.mean_encoder(x), mean, rtol=1e-4, atol=1e-5)
+    assert np.abs((codes.mean(axis=0) - mean[0]) / deviation[0]).max() < 0.07
+    np.testing.assert_allclose(codes.std(axis=0), deviation[0], rtol=0.05)
 
 
 def test_variational_autoencoder_learns_and_leaves_the_discriminator_alone():
     model = build(comparisons.VariationalAutoencoder)
-    before, judge = model.minus_bound(BATCH)[0], model.discriminator.get_weights()
+    before, judge = model.negative_bound(BATCH)[0], model.discriminator.get_weights()
     step = tf.function(model.train_step)
     for _ in range(60):
         step((BATCH, BATCH))
-    assert model.minus_bound(BATCH)[0] < 0.7 * before
+    assert model.negative_bound(BATCH)[0] < 0.7 * before
     for a, b in zip(judge, model.discriminator.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
-
-
-def test_tuned_variant_descends_the_norm_and_minus_log_d_at_once():
-    rest = {"gaussian": False, "discriminator_rate": 0.0}
-    model, other = (build(comparisons.TunedAutoencoder, **rest) for _ in range(2))
-    model.optimizer = keras.optimizers.SGD(1.0)
-    model.train_step((BATCH, BATCH))
-
-    variables = other.encoder.trainable_variables + other.decoder.trainable_variables
-    with tf.GradientTape() as tape:
-        codes = other.encoder(BATCH)
-        norm = tf.reduce_mean(tf.norm(BATCH - other.decoder(codes), axis=1))
-        d = tf.sigmoid(other.discriminator(codes))
-        loss = norm + 10 / 3 * tf.reduce_mean(-tf.math.log(d))
-    gradients = tape.gradient(loss, variables)
-    moved = model.encoder.trainable_variables + model.decoder.trainable_variables
-    for after, before, gradient in zip(moved, variables, gradients, strict=True):
-        np.testing.assert_allclose(before - after, gradient, rtol=1e-3, atol=1e-5)
-
-
-def test_tuned_discriminator_takes_more_steps_as_training_goes_on(monkeypatch):
-    monkeypatch.setattr(q2, "DISCRIMINATOR_HIDDEN", (40,))  # compiles sooner
-    model = build(comparisons.TunedAutoencoder)
-    step, taken = tf.function(model.train_step, jit_compile=True), []
-    for done in (0, 249, 250, 500, 750, 999, 2000):
-        model.optimizer.iterations.assign(done)
-        before = int(model.discriminator_optimizer.iterations)
-        losses = step((BATCH, BATCH))
-        taken.append(int(model.discriminator_optimizer.iterations) - before)
-        assert np.isfinite([float(loss) for loss in losses.values()]).all()
-    assert taken == [1, 1, 2, 3, 4, 4, 4]
 
 
 # Runs
 
 
+@pytest.fixture
+def train(monkeypatch):
+    """Return a function that runs a command, training its rows in this process.
+
+    It returns the names of the rows that were trained.
+    """
+
+    def run(*words):
+        trained = []
+
+        def run_here(commands, workers):
+            for command in commands:
+                assert command[:3] == [sys.executable, "-m", "extras.comparisons"]
+                trained.append(command[command.index("--train") + 1])
+                monkeypatch.setattr(sys, "argv", command[2:])
+                comparisons.main()
+
+        monkeypatch.setattr(comparisons, "run_here", run_here)
+        monkeypatch.setattr(sys, "argv", ["comparisons.py", *words])
+        utils.run_script(comparisons.main)
+        return trained
+
+    return run
+
+
 def arguments(question, folder, data, rows, *others):
-    return (  # a batch of more images than there are becomes one of all
-        *(question, "--rows", rows, "--epochs", "1", "--batch-size", "500"),
-        *("--data", str(data), "--figures", str(folder / "figures")),
+    return (
+        *(question, "--rows", rows, "--batch-size", "42", "--data", str(data)),
+        *("--figures", str(folder / "figures")),
         *("--run-dir", str(folder / "runs" / question), *others),
     )
 
 
-def measured(question, folder):
-    path = folder / "figures" / f"{question}_comparisons_metrics.json"
-    return json.loads(path.read_text())["rows"]
+def record(question, folder):
+    return folder / "figures" / f"{question}_comparisons_metrics.json"
 
 
-def test_a_row_of_question_2_is_trained_and_measured(tiny_data, tmp_path, monkeypatch):
-    for module, name, less in (
-        *((q2, "SAMPLES", 300), (q2, "DISCRIMINATOR_HIDDEN", (40,))),
-        *((metrics, "NULL_DRAWS", 1), (metrics, "FRESH_EPOCHS", 1)),
+def rows_of(question, folder):
+    return json.loads(record(question, folder).read_text())["rows"]
+
+
+def test_a_row_of_question_2_is_trained_on_few_images_as_the_script_does(
+    tiny_data, tmp_path, monkeypatch, train
+):
+    augmented = []
+
+    def augment(images, rng):
+        augmented.append(len(images))
+        return images
+
+    for module, name, value in (
+        *((q2, "SAMPLES", 300), (metrics, "NULL_DRAWS", 1)),
+        *((metrics, "FRESH_EPOCHS", 1), (q2, "augment", augment)),
+        *((q2, "EPOCHS", 1), (q2, "LEAST_STEPS", 35)),  # ten steps an epoch
     ):
-        monkeypatch.setattr(module, name, less)
-    given = arguments("q2", tmp_path, tiny_data / "data.npy", "shallow")
-    monkeypatch.setattr(sys, "argv", ["comparisons.py", *given])
-    utils.run_script(comparisons.main)
-    rows = measured("q2", tmp_path)
-    (row,) = rows.values()
-    assert row["epochs"] == 1
-    assert not row["long"]
-    assert row["loss_discriminator"] > 0
-    assert 0 < row["test_mse"] < 0.5
-    assert row["frechet_distance"] > 0
+        monkeypatch.setattr(module, name, value)
+    metrics._prior_draws.cache_clear()
+    data = tiny_data / "data.npy"
+    assert train(*arguments("q2", tmp_path, data, "vae,shallow")) == ["vae", "shallow"]
+    metrics._prior_draws.cache_clear()
+    rows = rows_of("q2", tmp_path)
+    vae, shallow = rows["vae"], rows["shallow"]
+    assert (vae["epochs"], vae["long"], vae["code_dim"]) == (4, True, 10)
+    assert not shallow["long"]
+    assert vae["loss_discriminator"] is None
+    assert shallow["loss_discriminator"] > 0
+    assert augmented.count(42) == 10 * (vae["epochs"] + shallow["epochs"])
+    assert shallow["made_by"]["recipe"]["hidden"] == [400, 400]
+    for row in rows.values():
+        assert row["informative_dimensions"] == 10
+        assert 0 < row["test_mse"] < 0.5
+        assert row["frechet_distance"] > 0
+        assert {"versions", "commit", "seed", "code", "data"} <= row.keys()
+    folder = tmp_path / "runs" / "comparisons" / "q2"
+    assert len(list(folder.glob("*/row.json"))) == 2
+    assert not list(folder.glob("*/checkpoint.npz"))
     figure = matplotlib.image.imread(tmp_path / "figures" / "q2_frontier.png")
     assert figure.std() > 0.02
 
 
-def test_finished_rows_are_kept_but_not_beside_other_settings_or_data(
-    tiny_data, tmp_path, monkeypatch, capsys
+def test_finished_rows_are_kept_and_a_command_replaces_its_own_only(
+    tiny_data, tmp_path, train
 ):
     path = tmp_path / "MNIST_M.npy"
     shutil.copy(tiny_data / path.name, path)
-    rows = "code-16,relu"
-    given = arguments("q1", tmp_path, path, rows, "--workers", "2")
-    command = [sys.executable, "-m", "extras.comparisons", *given]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=HOME)
-    assert done.returncode == 0, done.stderr
-    before = measured("q1", tmp_path)
-    assert before.keys() == {"code-16", "relu"}
-    assert before["code-16"]["code_dim"] == 16
-    assert before["code-16"]["test_mse"] != before["relu"]["test_mse"]
+    old = {"title": "older", "long": True, "code_dim": 4, "test_mse": 0.1}
+    record("q1", tmp_path).parent.mkdir()
+    older = {"rows": {"mask": old, "relu": old, "seed-1": old}, "note": "by hand"}
+    record("q1", tmp_path).write_text(json.dumps(older))
 
     def again(rows, *others):
-        given = arguments("q1", tmp_path, path, rows, *others)
-        monkeypatch.setattr(sys, "argv", ["comparisons.py", *given])
-        utils.run_script(comparisons.main)
-        return measured("q1", tmp_path), capsys.readouterr().out.count("Training:")
+        given = arguments("q1", tmp_path, path, rows, "--epochs", "1", *others)
+        return train(*given), rows_of("q1", tmp_path)
+
+    given = arguments("q1", tmp_path, path, "code-16,relu", "--epochs", "1")
+    command = [sys.executable, "-m", "extras.comparisons", *given, "--workers", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HOME)
+    assert done.returncode == 0, done.stderr
+    before = rows_of("q1", tmp_path)
+    assert before.keys() == {"mask", "seed-1", "relu", "code-16"}
+    assert before["mask"] == before["seed-1"] == old
+    small, relu = before["code-16"], before["relu"]
+    assert (small["code_dim"], relu["code_dim"]) == (16, 128)
+    assert 0 < small["test_mse"] != relu["test_mse"] > 0
+
+    # Finished rows are not trained again, whether or not their folders are kept.
+    assert again("code-16,relu") == ([], before)
+    shutil.rmtree(tmp_path / "runs")
+    assert again("code-16,relu") == ([], before)
 
     # A row that is not there is trained, and comes to the same as beside another.
-    (folder,) = (tmp_path / "runs" / "comparisons" / "q1").glob("relu-*")
-    shutil.rmtree(folder)
-    after, trained = again(rows)
-    assert trained == 1
-    assert after["code-16"] == before["code-16"]
-    assert after["relu"]["test_mse"] == pytest.approx(before["relu"]["test_mse"], 1e-3)
+    content = {"rows": {name: before[name] for name in before.keys() - {"relu"}}}
+    record("q1", tmp_path).write_text(json.dumps(content))
+    trained, rows = again("code-16,relu")
+    assert trained == ["relu"]
+    assert rows["relu"]["test_mse"] == pytest.approx(relu["test_mse"], 1e-3)
 
-    other_seed, trained = again("code-16", "--seed", "7")
-    assert other_seed.keys() == {"code-16"}
-    assert other_seed["code-16"]["seed"] == 7
-    assert trained == 1
+    before = rows
+    trained, rows = again("code-16", "--seed", "7")
+    assert trained == ["code-16"]
+    assert rows["code-16"]["seed"] == rows["code-16"]["made_by"]["seed"] == 7
+    assert rows == before | {"code-16": rows["code-16"]}
 
-    splits = load_mnist_m(path)
-    pairs = [(np.array(s.images), np.eye(10)[s.labels]) for s in splits]
+    pairs = [(np.array(s.images), np.eye(10)[s.labels]) for s in load_mnist_m(path)]
     pairs[0][0][0] ^= 1
     save_pairs(path, pairs)
-    other_data, trained = again("relu")
-    assert other_data.keys() == {"relu"}
-    assert trained == 1
+    before = rows
+    trained, rows = again("relu")
+    assert trained == ["relu"]
+    assert rows["relu"]["data"] != before["relu"]["data"]
+    assert rows == before | {"relu": rows["relu"]}
+
+
+def test_quick_rows_stay_in_their_folder_and_an_interrupted_one_is_continued(
+    tiny_data, tmp_path, monkeypatch, train, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(utils, "QUICK_EPOCHS", 1)
+    words = "q1", "--quick", "--rows", "relu", "--data", str(tiny_data / "MNIST_M.npy")
+    assert train(*words) == ["relu"]
+    assert [str(path) for path in Path().glob("*/*")] == ["runs/quick"]
+    record = Path("runs/quick/figures/q1_comparisons_metrics.json")
+    (folder,) = Path("runs/quick/comparisons/q1").iterdir()
+    # As if it had been interrupted between training and measuring.
+    record.unlink()
+    (folder / "row.json").unlink()
+    weights = (folder / "networks.json").read_text()
+    assert train(*words) == ["relu"]
+    assert record.exists()
+    assert (folder / "networks.json").read_text() == weights
+
+
+def test_where_a_row_fails_the_others_are_told_to_end(tmp_path):
+    ready, told = tmp_path / "ready", tmp_path / "told"
+    waits = f"""import pathlib, signal, time
+signal.signal(signal.SIGTERM, lambda *_: exit(pathlib.Path({str(told)!r}).touch()))
+pathlib.Path({str(ready)!r}).touch()
+time.sleep(300)"""
+    fails = f"""import pathlib
+while not pathlib.Path({str(ready)!r}).exists():
+    pass
+exit(3)"""
+    commands = [[sys.executable, "-c", code] for code in (waits, fails, "1 / 0")]
+    with pytest.raises(utils.UsageError, match=r"exit\(3\): failed"):
+        comparisons.run_here(commands, workers=2)
+    assert told.exists()
 
 
 def test_unknown_row_is_one_line_and_code_2(tiny_data, tmp_path, refused):
@@ -175,3 +248,35 @@ def test_unknown_row_is_one_line_and_code_2(tiny_data, tmp_path, refused):
     error = refused(comparisons.main, *given)
     assert "--rows: found lateral, expected seed-1, seed-2, " in error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"rows": 3}', "\udcff"])
+def test_damaged_record_is_one_line_and_is_left_alone(
+    content, tiny_data, tmp_path, refused
+):
+    path = record("q2", tmp_path)
+    path.parent.mkdir()
+    path.write_text(content, errors="surrogateescape")
+    before = path.read_bytes()
+    given = arguments("q2", tmp_path, tiny_data / "data.npy", "vae")
+    assert f"{path}: found " in refused(comparisons.main, *given)
+    assert path.read_bytes() == before
+
+
+def _unreachable(address):
+    raise OSError(f"Timed out trying\nto connect to {address}")
+
+
+@pytest.mark.parametrize(
+    ("package", "told"),
+    [
+        (None, "distributed"),
+        (types.SimpleNamespace(Client=_unreachable), "--cluster foo: Timed out"),
+    ],
+)
+def test_cluster_that_is_not_there_is_one_line(
+    package, told, tiny_data, tmp_path, monkeypatch, refused
+):
+    monkeypatch.setitem(sys.modules, "distributed", package)
+    given = arguments("q1", tmp_path, tiny_data / "MNIST_M.npy", "relu")
+    assert told in refused(comparisons.main, *given, "--cluster", "foo")

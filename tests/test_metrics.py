@@ -6,12 +6,22 @@ import keras
 import numpy as np
 import pytest
 from conftest import tiny_digits
-from scipy.stats import expon, kstest
+from scipy.stats import expon, kstest, norm
+from sklearn.manifold import trustworthiness
 
 import metrics
 from read_MNIST_M import Split
 
 RNG = np.random.default_rng(0)
+
+
+@pytest.fixture
+def few_draws(monkeypatch):
+    """Draw fewer sets of true draws, and forget them afterwards."""
+    monkeypatch.setattr(metrics, "NULL_DRAWS", 2)
+    metrics._prior_draws.cache_clear()
+    yield
+    metrics._prior_draws.cache_clear()
 
 
 def test_mean_image_mse_is_the_variance_about_it():
@@ -32,59 +42,86 @@ def test_pca_restores_what_lies_in_its_subspace():
     assert max(enough, everything) < 1e-9
 
 
-def test_knn_accuracy_counts_right_majorities_in_each_space():
+def test_knn_accuracy_counts_right_majorities():
     train = np.array([[0], [0.1], [0.2], [9], [9.1]], np.float32)
     labels, right = np.array([3, 3, 4, 5, 5]), np.array([3, 5, 4])
     test = np.array([[0.05], [9.05], [0.3]], np.float32)
-    turned = [codes.reshape(-1, 1, 1, 1) for codes in (-train, test)]
-    spaces = {"codes": (train, test), "images": turned}
-    found = metrics.knn_accuracy(spaces, labels, right, 3)
-    assert found == pytest.approx({"codes": 2 / 3, "images": 1 / 3})
+    found = metrics.knn_accuracy(train, labels, test, right, 3)
+    assert found == pytest.approx(2 / 3)
+    images = [codes.reshape(-1, 1, 1, 1) for codes in (-train, test)]
+    found = metrics.knn_accuracy(images[0], labels, images[1], right, 3)
+    assert found == pytest.approx(1 / 3)
+    # Where there are fewer codes than should vote, all of them do.
+    assert metrics.knn_accuracy(train, labels, test, np.full(3, 3)) == 1
 
 
-def test_knn_accuracy_looks_up_the_same_few_every_time(monkeypatch):
-    monkeypatch.setattr(metrics, "LOOKED_UP", 40)
-    train, labels = np.arange(3, dtype=np.float32)[:, np.newaxis], np.arange(3)
-    test = RNG.permutation(np.repeat(train, 100, axis=0))
-    wrong = np.where(RNG.random(300) < 0.5, test[:, 0], 0).astype(int)
-    spaces = {name: (train, test) for name in "ab"}
-    found = metrics.knn_accuracy(spaces, labels, wrong, 1)
-    assert found["a"] == found["b"]
-    assert (40 * found["a"]) % 1 == pytest.approx(0, abs=1e-6)
-    assert 0 < found["a"] < 1
+def test_logistic_accuracy_is_of_linear_borders_at_any_scale():
+    labels = RNG.integers(0, 3, 600)
+    codes = (np.eye(3, 4)[labels] + RNG.normal(0, 0.1, (600, 4))) * [1, 1e-3, 50, 1]
+    ring = RNG.normal(size=(600, 2))
+    inside = (np.linalg.norm(ring, axis=1) < 1.18).astype(int)  # half of them
+    for x, y, least, most in ((codes, labels, 0.99, 1), (ring, inside, 0.3, 0.7)):
+        found = metrics.logistic_accuracy(x[:400], y[:400], x[400:], y[400:])
+        assert least <= found <= most
 
 
-@pytest.mark.parametrize("few", [0, 2])
-def test_codes_are_compared_with_as_many_principal_components(few):
+def vote_of_five(train, cells, test):
+    """Return the cells that five nearest neighbours name, computed naively."""
+    nearest = np.argsort(((test[:, np.newaxis] - train) ** 2).sum(axis=2))[:, :5]
+    return np.array([np.bincount(votes).argmax() for votes in cells[nearest]])
+
+
+def test_knn_bound_is_that_of_the_nearest_vertex_of_a_simplex():
+    train, test = RNG.standard_normal((2, 1500, 10))
+    # Ten vertices at equal distances, about the origin, in any orientation.
+    turn, _ = np.linalg.qr(RNG.standard_normal((10, 10)))
+    vertices = (np.eye(10) - 0.1) @ turn
+    cells = [(codes @ vertices.T).argmax(axis=1) for codes in (train, test)]
+    expected = (vote_of_five(train, cells[0], test) == cells[1]).mean()
+    bound = metrics.knn_bound(1500, 1500, 10)
+    assert bound == pytest.approx(expected, abs=0.05)  # 2.8 standard errors
+    assert bound == metrics.knn_bound(1500, 1500, 10)
+    # Slabs, which have longer borders, are harder to name.
+    slabs = [
+        np.floor(10 * norm.cdf(codes[:, 0])).astype(int) for codes in (train, test)
+    ]
+    assert (vote_of_five(train, slabs[0], test) == slabs[1]).mean() < bound - 0.1
+    # Neighbours are closer among more codes, and in fewer dimensions.
+    assert (
+        metrics.knn_bound(300, 1500, 10) < bound < metrics.knn_bound(15_000, 1500, 10)
+    )
+    assert metrics.knn_bound(1500, 1500, 30) < bound
+    assert metrics.knn_bound(1500, 1500, 9) is None
+
+
+def test_codes_are_compared_with_as_many_principal_components():
     digits, labels = tiny_digits()
     images = utils.unit_floats(digits[:400].reshape(-1, 784))
     train, test = (
-        Split(images[:300], labels[:300]),
-        Split(images[300:], labels[300:400]),
+        Split(images[p], labels[:400][p]) for p in np.split(np.arange(400), [300])
     )
-    means = RNG.normal(size=(400, 5))
-    means[:, 3] += 10 * labels[:400]  # tells the digit
-    signal = np.isin(np.arange(5), [3, 4][:few])
-    given = train, test, means[:300], means[300:], signal
+    codes = RNG.normal(size=(400, 3)).astype(np.float32)
+    codes[:, 1] += 10 * labels[:400]  # tells the digit, but not by a linear border
+    given = train, test, codes[:300], codes[300:]
     found = metrics.dimension_reduction(*given)
-    errors = {
-        str(n): metrics.pca_reconstruction_mse(
-            metrics.fit_pca(train.images, n), test[0]
-        )
-        for n in (5, few)
-        if n
-    }
-    assert found["pca_test_mse"] == pytest.approx(errors)
+    pca = metrics.fit_pca(train.images, 3)
+    error = metrics.pca_reconstruction_mse(pca, test.images)
+    assert found["pca_test_mse"] == pytest.approx(error)
     accuracy = found["knn_accuracy"]
-    expected = {"pixels", "code", "pca_code"}
-    assert accuracy.keys() == expected | ({"signal", "pca_signal"} if few else set())
-    assert accuracy["code"] > 0.9
-    assert accuracy.get("signal", 1) > 0.9 > accuracy.get("pca_signal", 0)
-    bare = metrics.dimension_reduction(Split(train[0], None), *given[1:])
-    assert bare == found | {"knn_accuracy": None}
-    trust = found["trustworthiness"]
-    assert trust.keys() == accuracy.keys() - {"pixels"}
-    assert trust["pca_code"] > trust["code"] + 0.02
+    assert accuracy.keys() == {"code", "pca", "pixels"}
+    assert accuracy["code"] > 0.95 > accuracy["pca"] > 0.3
+    assert found["logistic_accuracy"].keys() == {"code", "pca"}
+    assert found["logistic_accuracy"]["code"] > 0.5
+    spaces = {"code": codes[300:], "pca": pca.transform(test.images)}
+    assert found["trustworthiness"] == pytest.approx(
+        {name: trustworthiness(test.images, x) for name, x in spaces.items()}
+    )
+    bare = metrics.dimension_reduction(Split(train.images, None), *given[1:])
+    labelled = "knn_accuracy", "logistic_accuracy", "knn_bound"
+    assert bare == found | dict.fromkeys(labelled)
+    many = np.tile(codes, 4)
+    found = metrics.dimension_reduction(train, test, many[:300], many[300:])
+    assert found["knn_bound"] == metrics.knn_bound(300, 100, 12)
 
 
 def test_map_keeps_neighbours_together():
@@ -93,66 +130,45 @@ def test_map_keeps_neighbours_together():
     points, trusted = metrics.tsne_map(codes.astype(np.float32), seed=0)
     assert points.shape == (120, 2)
     assert 0.9 < trusted <= 1
-    found = metrics.knn_accuracy({"map": (points, points)}, labels, labels)
-    assert found["map"] == 1
+    assert metrics.knn_accuracy(points, labels, points, labels) == 1
 
 
-# Codes against the prior: `posterior` is tested with the encoder, in test_q2_aae.py.
+# Codes against the prior
 
 
-def test_signal_is_where_means_vary_more_than_the_noise():
-    means = RNG.normal(0, [2.0, 0.1, 0.5], (500, 3))
-    deviations = np.tile([0.5, 1.0, 0.4], (500, 1))
-    found = metrics.signal_coordinates(means, deviations)
-    assert found.tolist() == [True, False, True]
+MEASURES = {"mmd", "ks_max", "covariance_eigenvalue_min", "covariance_eigenvalue_max"}
 
 
-def test_prior_match_accepts_draws_from_the_prior():
-    match = metrics.prior_match(RNG.standard_normal((1000, 20)))
-    assert abs(match["mmd"]) < 5e-4
-    assert match["mean_abs_mean"] < 0.05
-    assert 0.9 < match["std_min"] <= match["std_max"] < 1.1
-    assert match["covariance_eigenvalue_min"] > 0.7
-    assert match["covariance_eigenvalue_max"] < 1.4
-    draws = match.pop("draws")
-    assert draws.keys() == match.keys()
-    for key, (least, most) in draws.items():
-        slack = most - least
-        assert least - slack < match[key] < most + slack
+@pytest.mark.parametrize(("count", "dimensions"), [(150, 40), (1000, 10), (800, 1)])
+def test_spans_of_true_draws_tell_the_prior_at_any_number_and_dimension(
+    count, dimensions
+):
+    draws = RNG.standard_normal((count, dimensions))
+    for codes, follow in ((draws, True), (draws + 0.5, False), (draws / 2, False)):
+        match = metrics.prior_match(codes)
+        spans = match.pop("draws")
+        assert match.keys() == spans.keys() == MEASURES
+        inside = [
+            low - (high - low) / 2 <= match[key] <= high + (high - low) / 2
+            for key, (low, high) in spans.items()
+        ]
+        assert all(inside) == follow
+        distances = [kstest(column, "norm").statistic for column in codes.T]
+        assert match["ks_max"] == pytest.approx(max(distances))
 
 
-def test_prior_match_sees_codes_on_a_sheet_whose_marginals_look_right():
-    plane = RNG.standard_normal((1000, 2)) @ np.repeat(np.eye(2), 10, axis=1)
-    match = metrics.prior_match(plane)
+def test_prior_match_sees_codes_on_a_sheet_whose_marginals_look_right(few_draws):
+    sheet = RNG.standard_normal((1000, 2)) @ np.repeat(np.eye(2), 10, axis=1)
+    match = metrics.prior_match(sheet)
     draws = match["draws"]
-    assert 0.9 < match["std_min"] <= match["std_max"] < 1.1
+    assert match["ks_max"] < 0.06
     assert match["covariance_eigenvalue_min"] < 1e-6
     assert match["covariance_eigenvalue_max"] > 5
     assert match["mmd"] > 0.01 > 10 * draws["mmd"][1]
     assert draws["covariance_eigenvalue_min"][0] > 0.5
 
 
-def test_largest_distance_of_a_marginal_is_kolmogorovs_and_smirnovs():
-    codes = RNG.standard_normal((300, 3)) * [1, 1.5, 1] + [0, 0, 0.2]
-    expected = max(kstest(column, "norm").statistic for column in codes.T)
-    assert metrics.prior_match(codes)["ks_max"] == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(("count", "dimensions"), [(150, 40), (300, 3), (1000, 20)])
-def test_spans_of_true_draws_hold_for_any_number_and_dimension(count, dimensions):
-    draws = RNG.standard_normal((count, dimensions))
-    for codes, follow in ((draws, True), (draws + 0.5, False), (draws / 2, False)):
-        match = metrics.prior_match(codes)
-        spans = match.pop("draws")
-        inside = [
-            low - (high - low) / 2 <= match[key] <= high + (high - low) / 2
-            for key, (low, high) in spans.items()
-        ]
-        assert all(inside) == follow
-
-
-def test_mmd_of_a_single_point_in_closed_form(monkeypatch):
-    monkeypatch.setattr(metrics, "NULL_DRAWS", 1)
+def test_mmd_of_a_single_point_in_closed_form(few_draws):
     squared = expon(scale=2)  # length of a draw in two dimensions; C = 4
     between_draws = squared.expect(lambda u: 4 / (4 + 2 * u))
     expected = 1 + between_draws - 2 * squared.expect(lambda u: 4 / (4 + u))
@@ -185,32 +201,38 @@ def test_great_arc_keeps_to_the_shell():
     np.testing.assert_allclose(line, [[-1], [0], [1], [2]])
 
 
-def test_match_is_over_all_coordinates_and_over_those_with_signal(monkeypatch):
+def test_match_is_over_all_coordinates_and_over_informative_ones(
+    monkeypatch, few_draws
+):
     monkeypatch.setattr(metrics, "FRESH_LEARNING_RATE", 0.01)
-    keras.utils.set_random_seed(0)
-    signal, sizes = np.array([False, True, False, False, True]), []
-    deviations = np.where(signal, 0.1, 1.0) * np.ones((1000, 5))
-    train, test = 3.0 * signal * RNG.standard_normal((2, 1000, 5))
-    codes = (test + deviations * RNG.standard_normal((1000, 5))).astype(np.float32)
+    monkeypatch.setattr(metrics, "FRESH_EPOCHS", 4)
+    sizes, shift = [], np.array([1.5, 1.5, 0, 0, 0])
+    train, test = RNG.standard_normal((2, 1000, 5)) + shift
 
     def judge(dimensions):
         sizes.append(dimensions)
         layers = keras.layers.Dense(32, "relu"), keras.layers.Dense(1)
         return keras.Sequential([keras.Input((dimensions,)), *layers])
 
-    found = metrics.match_prior(judge, (train, deviations), codes, signal)
-    assert sizes == [5, 2]
-    assert found["all"]["std_min"] < 1.2
-    assert found["signal"]["std_min"] > 2
-    assert 0.7 < found["signal"]["fresh_discriminator"] <= 1
+    found = metrics.compare_with_prior(judge, train, test, 2)
+    assert sorted(sizes) == [2, 2, 5]
+    whole, informative = found["prior_match"], found["informative_match"]
+    assert (
+        whole.keys()
+        == informative.keys()
+        == MEASURES | {"draws", "fresh_discriminator"}
+    )
+    for match, codes in ((whole, test), (informative, test[:, :2])):
+        assert match.items() >= metrics.prior_match(codes).items()
+        assert 0.75 < match["fresh_discriminator"] < 0.95  # at best 0.86
+    assert 0.45 < found["fresh_discriminator_on_draws"] < 0.55
 
-    noise = 0.0 * train, np.ones_like(train)
-    draws = RNG.standard_normal((1000, 5)).astype(np.float32)
-    found = metrics.match_prior(judge, noise, draws, np.zeros(5, bool))
-    assert found["signal"] is None
-    assert 0.45 < found["all"]["fresh_discriminator"] < 0.55
-    # Whatever ran before, a loaded classifier or one that is trained.
-    assert metrics.match_prior(judge, noise, draws, np.zeros(5, bool)) == found
+    # The same, whatever was trained before; two coordinates are now all there are.
+    again = metrics.compare_with_prior(judge, train[:, :2], test[:, :2], 2)
+    assert again == found | {"prior_match": informative}
+    # On true draws a fresh discriminator is no better than the yardstick.
+    found = metrics.compare_with_prior(judge, train - shift, test - shift, 5)
+    assert 0.45 < found["prior_match"]["fresh_discriminator"] < 0.55
 
 
 def test_frechet_distance_of_normals_in_closed_form():
