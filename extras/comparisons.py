@@ -408,6 +408,20 @@ def read_record(path: Path) -> dict[str, dict]:
         return dict(read_json(path)["rows"])
 
 
+def read_rows(question: str, text: str | None) -> list[str]:
+    """Return the names of the rows that are asked for, by default all of them.
+
+    Raises:
+        UsageError: there is no such row.
+    """
+    names = list(ROWS[question]) if text is None else text.split(",")
+    unknown = [name for name in names if name not in ROWS[question]]
+    if unknown:
+        expected = ", ".join(ROWS[question])
+        raise utils.UsageError(f"--rows: found {unknown[0]}, expected {expected}")
+    return names
+
+
 def main() -> None:
     """Train the rows that are asked for, and add them to the table."""
     parser = utils.OneLineParser(description="Train rows of the report's tables.")
@@ -416,20 +430,17 @@ def main() -> None:
     count = utils.number_in(int, 1, 1_000)
     parser.add_argument("--workers", type=count, default=1, metavar="N")
     parser.add_argument("--cluster", metavar="ADDRESS", help="of a Dask scheduler")
+    # Given by this script to the processes that it starts.
     parser.add_argument("--train", metavar="ROW", help=argparse.SUPPRESS)
     asked, others = parser.parse_known_args()
     question = asked.question
+    names = read_rows(question, asked.rows)
     base = SCRIPTS[question].parse_settings(others)
     data = find_file(base.data or ensure_data(SCRIPTS[question].DATA))
     base = dataclasses.replace(base, data=data)
-    if asked.train:  # by the process that `train_rows` starts
+    if asked.train:
         train_row(base, question, asked.train)
         return
-    names = list(ROWS[question]) if asked.rows is None else asked.rows.split(",")
-    unknown = [name for name in names if name not in ROWS[question]]
-    if unknown:
-        expected = ", ".join(ROWS[question])
-        raise utils.UsageError(f"--rows: found {unknown[0]}, expected {expected}")
     plots.check()
     commands = commands_for(question, base, names, others)
     try:
