@@ -11,13 +11,13 @@ draws decode to digits. A training step has three stages, each with its own Adam
 (b) the discriminator minimises     L_D = -E_z[log D(z)] - E_x[log(1 - D(Enc(x)))]
 (c) the encoder minimises           L_Enc = E_x[log(1 - D(Enc(x)))]
 
-`AdversarialAutoencoder.train_step` has them, `Recipe` most of what the assignment
-leaves open. **A code is ten numbers that the encoder computes, filled up with 90 draws
-from the standard normal** to the hundred dimensions of the assignment. Digits vary in
-some ten directions, and a deterministic code of a hundred numbers can't fill a normal
-in a hundred dimensions (`--control` shows that). The paper takes 8 dimensions for
-MNIST, and allows an encoder that is given noise (its section 2). Rubenstein et al. 2018
-(arXiv:1802.03761) and Mondal et al. 2020 (arXiv:1912.04564) explain why it helps.
+`AdversarialAutoencoder.train_step` implements them, and `Recipe` holds most of what the
+assignment leaves open. **A code is ten numbers that the encoder computes, filled up
+with 90 draws from the standard normal** to the hundred dimensions of the assignment.
+Digits vary in some ten directions, and a deterministic code of a hundred numbers can't
+fill a normal in a hundred dimensions (`--control` shows that). The paper takes 8
+dimensions for MNIST, and allows an encoder that is given noise (its section 2). See
+Rubenstein et al. 2018 (arXiv:1802.03761), Mondal et al. 2020 (arXiv:1912.04564).
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ class AdversarialAutoencoder(keras.Model):
             weight_decay=recipe.weight_decay,
             beta_1=recipe.beta_1,
         )
-        super().compile(adam_a, jit_compile=True)  # as self.optimizer
+        super().compile(adam_a, jit_compile=True)  # adam_a is self.optimizer now
         self.discriminator_optimizer = keras.optimizers.Adam(
             utils.falling_rate(recipe.rate_b, schedule), beta_1=recipe.beta_1
         )
@@ -258,7 +258,10 @@ class AdversarialAutoencoder(keras.Model):
     def update_means(
         self, x: tf.Tensor, x_hat: tf.Tensor, loss_d: tf.Tensor, loss_enc: tf.Tensor
     ) -> dict[str, tf.Tensor]:
-        """Add a batch to the epoch's means; L_recons counts as a mean over images."""
+        """Add a batch to the epoch's means, with L_recons per image.
+
+        So the curve does not depend on the batch size.
+        """
         count = tf.cast(tf.shape(x)[0], tf.float32)
         norm = reconstruction_loss(x, x_hat) / count
         mse = tf.reduce_mean(tf.square(x - x_hat))
@@ -272,6 +275,7 @@ class AdversarialAutoencoder(keras.Model):
         return self.means
 
 
+# Of `--control`: a deterministic encoder with customary, untuned constants.
 CONTROL = Recipe(
     informative=None,
     decoder_skips=False,
@@ -293,14 +297,16 @@ EQUILIBRIUM = {"discriminator_loss": 2 * math.log(2), "encoder_loss": -math.log(
 def augment(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Turn, shear, scale and move digits a little, each in its own way.
 
-    What stands beside the 784 pixels of an image stays as it is.
+    Columns after the first 784 (digits, in extras/styles.py) stay as they are.
     """
     changed, centre = images.copy(), np.full(2, 13.5)
     for number, image in enumerate(images[:, :PIXELS].reshape(-1, 28, 28)):
         turn = rng.uniform(-math.pi / 18, math.pi / 18)
         shear, scale_y, scale_x = rng.uniform(-0.1, 0.1, 3)
-        rotation = [[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]]
-        matrix = rotation @ np.array([[1, shear], [0, 1]]) * np.exp([scale_y, scale_x])
+        cos, sin = math.cos(turn), math.sin(turn)
+        rotation = np.array([[cos, -sin], [sin, cos]])
+        scaling = np.diag(np.exp([scale_y, scale_x]))
+        matrix = rotation @ np.array([[1, shear], [0, 1]]) @ scaling
         offset = centre - matrix @ centre + rng.uniform(-1.5, 1.5, 2)
         moved = ndimage.affine_transform(image, matrix, offset, order=1)
         changed[number, :PIXELS] = moved.ravel()
@@ -377,7 +383,7 @@ def encode(
 def digit_classifier(folder: Path, train: Split) -> keras.Model | None:
     """Return the classifier that judges all runs on this data, or None without labels.
 
-    It is trained where the folder has none yet.
+    It is trained once, and saved in the folder.
     """
     if train.labels is None:
         return None
@@ -399,8 +405,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure reconstruction, prior match, samples and neighbourhoods on test images.
 
-    The first `informative` coordinates of a code are those that the encoder computes.
-    The classifier judges samples; without one, what needs it is None.
+    The encoder computes the first `informative` coordinates of a code. The classifier
+    judges samples; without one, the measures that need it are None.
     """
     squared = np.square(test.images - encoded.reconstructions, dtype=np.float64)
     train_codes, test_codes = encoded.train_codes, encoded.test_codes
@@ -410,9 +416,7 @@ def evaluate(
         "pca_samples": metrics.pca_samples(train.images, informative, SAMPLES),
     }
     quality = metrics.sample_quality(classifier, train, test, generated)
-    distance = None
-    if classifier is not None:
-        distance = quality["samples"]["frechet_distance"]
+    distance = None if classifier is None else quality["samples"]["frechet_distance"]
     return {
         "test_images": len(test.images),
         "test_mse": float(squared.mean()),
@@ -467,7 +471,7 @@ def explore_latent_space(
     for second in values[::-1]:
         codes = np.repeat(encoded.test_codes[chosen[:1]], len(values), axis=0)
         codes[:, 0] = values
-        codes[:, 1:2] = second
+        codes[:, 1:2] = second  # a slice, for a code may have one dimension
         rows.append(utils.predict(decoder, codes))
     title = "A test digit's code with its first two coordinates from -2.5 to 2.5"
     plots.image_grid(f"{prefix}_latent_slice.png", rows, title)

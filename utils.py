@@ -84,12 +84,12 @@ class Schedule(NamedTuple):
 
 
 def training_schedule(
-    settings: Settings, count: int, epochs: int, least_steps: int = 0
+    settings: Settings, count: int, default_epochs: int, least_steps: int = 0
 ) -> Schedule:
     """Return how long to train on `count` images.
 
-    Where the settings don't say otherwise, that is for a number of epochs, and for at
-    least a number of steps.
+    Unless the settings say how many epochs, it is `default_epochs`, or as many more as
+    it takes to reach `least_steps`.
     """
     batch_size = min(settings.batch_size, count)
     steps = count // batch_size
@@ -98,7 +98,7 @@ def training_schedule(
     elif settings.quick:
         epochs = QUICK_EPOCHS
     else:
-        epochs = max(epochs, math.ceil(least_steps / steps))
+        epochs = max(default_epochs, math.ceil(least_steps / steps))
     return Schedule(epochs, steps, batch_size)
 
 
@@ -146,22 +146,25 @@ def argument_parser(
 ) -> OneLineParser:
     """Return a parser of the options that both scripts share, with their defaults."""
     parser = OneLineParser(description=description)
-    add, count, default = parser.add_argument, number_in(int, 1, 10**9), "%(default)s"
+    positive, default = number_in(int, 1, 10**9), "(default: %(default)s)"
+    rate, size = number_in(float, 1e-12, 1e6), number_in(int, 1, 10_000)
+    seed = number_in(int, 0, 2**31 - 1)
+    add = parser.add_argument
     text = f"data file (default: {data}, built if missing)"
     add("--data", type=path_name, metavar="PATH", help=text)
-    text = f"of training (default: {epochs}; with --quick {QUICK_EPOCHS})"
-    add("--epochs", type=count, metavar="N", help=text)
-    text = f"images in a training step (default: {default})"
-    add("--batch-size", type=count, default=batch_size, metavar="N", help=text)
-    rate, text = number_in(float, 1e-12, 1e6), f"of Adam (default: {default})"
+    text = f"training epochs (default: {epochs}; with --quick: {QUICK_EPOCHS})"
+    add("--epochs", type=positive, metavar="N", help=text)
+    text = f"images in a training step {default}"
+    add("--batch-size", type=positive, default=batch_size, metavar="N", help=text)
+    text = f"Adam's highest learning rate {default}"
     add("--learning-rate", type=rate, default=learning_rate, metavar="X", help=text)
-    size, text = number_in(int, 1, 10_000), f"of the code (default: {default})"
+    text = f"dimensions of the code {default}"
     add("--code-dim", type=size, default=code_dim, metavar="N", help=text)
-    seed, text = number_in(int, 0, 2**31 - 1), f"of random numbers (default: {default})"
+    text = f"seed of all random numbers {default}"
     add("--seed", type=seed, default=0, metavar="N", help=text)
-    text = "for figures and metrics (default: figures)"
+    text = "folder for figures and metrics (default: figures)"
     add("--figures", type=path_name, metavar="DIR", help=text)
-    text = "for checkpoint and networks (default: runs/QUESTION)"
+    text = "folder for checkpoint and networks (default: runs/QUESTION)"
     add("--run-dir", type=path_name, metavar="DIR", help=text)
     text = "continue after the run's last checkpoint"
     add("--resume", action="store_true", help=text)
@@ -189,7 +192,7 @@ def settings_from(options: argparse.Namespace, name: str) -> Settings:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let SIGTERM interrupt as Ctrl-C does, and only the first signal of both."""
+    """Let SIGTERM interrupt as Ctrl-C does; ignore further signals after the first."""
     signals = signal.SIGINT, signal.SIGTERM
 
     def interrupt(*_: object) -> NoReturn:
@@ -304,11 +307,8 @@ def epoch_batches(
     return tf.data.Dataset.from_tensor_slices(indices).map(pick).prefetch(2)
 
 
-def predict(
-    model: keras.Model, inputs: np.ndarray | Sequence[np.ndarray]
-) -> np.ndarray:
+def predict(model: keras.Model, inputs: np.ndarray | list[np.ndarray]) -> np.ndarray:
     """Return what a model makes, float32 (N, ...), of its inputs, (N, ...) each."""
-    inputs = keras.tree.map_structure(np.float32, inputs)
     return model.predict(inputs, batch_size=500, verbose=0)
 
 
@@ -376,12 +376,12 @@ class RunFolder:
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """Keep other runs out of the folder; compare settings with a run's to resume.
+        """Lock the folder, and check that a resumed run has its own settings and data.
 
         Raises:
-            UsageError: another run is at work here; or `--resume` without a run, or
-                with other settings or data.
-            Interrupted: instead of a `KeyboardInterrupt` in the block.
+            UsageError: another run is using the folder, there is no run to resume, or
+                it had other settings or data.
+            Interrupted: in place of a `KeyboardInterrupt` in the block.
         """
         path = self.path / "settings.json"
         if self.settings.resume and not path.exists():
@@ -445,7 +445,7 @@ class RunFolder:
             UsageError: the checkpoint is damaged, or of another model.
         """
         if not self.checkpoint_path.exists():
-            return []  # a new run, or one interrupted before its first epoch ended
+            return []  # a new run, or one interrupted in its first epoch
         with (
             damage_told(self.checkpoint_path, "a checkpoint of this run"),
             np.load(self.checkpoint_path, allow_pickle=False) as arrays,
@@ -460,7 +460,10 @@ class RunFolder:
             ]
 
     def save_networks(self, networks: Sequence[keras.Model]) -> None:
-        """Save networks under their names, and in networks.json what is of one run."""
+        """Save networks as NAME.keras; list digests of them and of the data.
+
+        By networks.json a reader of the folder knows which files belong together.
+        """
         content = {"data": self.source["sha256"]}
         for network in networks:
             with replacing(self.path / f"{network.name}.keras") as temporary:
@@ -512,15 +515,15 @@ def fit(
     `draw` draws the history.
 
     Args:
-        run: the run's folder.
-        model: compiled, its optimizers built; its images are float32 in [0, 1].
-        optimizers: all that train it; a checkpoint holds their states.
-        networks: what is saved at the end.
-        train: training images, (N, ...).
-        valid: validation images, (M, ...).
-        shown: labels of the losses that the screen shows, by the losses' names.
-        draw: draws the history.
-        change: changes a batch of images at random, before each step.
+        run: where checkpoints, networks and history go.
+        model: compiled, its optimizers built.
+        optimizers: all that train the model; a checkpoint holds their states.
+        networks: parts of the model that are saved at the end.
+        train: training images, float32 (N, ...) in [0, 1].
+        valid: validation images, float32 (M, ...) in [0, 1].
+        shown: the losses that the screen shows, and how it calls them.
+        draw: called with the history at the end.
+        change: changes each training batch at random.
 
     Returns:
         The history, a value an epoch: "epoch", what the model reports, and "seconds".
@@ -546,17 +549,16 @@ def fit(
         draw(history)
         return history
 
-    # Hundreds of checkpoints would take long.
-    every = max(1, schedule.epochs // 30)
     try:
         for epoch in range(len(rows), schedule.epochs):
             size, seed = schedule.batch_size, run.settings.seed
             batches = epoch_batches(images, size, seed, epoch, change)
             rows.append(train_epoch(model, batches, valid, epoch + 1))
-            if len(rows) % every == 0 or len(rows) == schedule.epochs:
-                run.save_checkpoint(state, rows)
-                print_epoch(rows[-1], schedule.epochs, shown)
+            run.save_checkpoint(state, rows)
+            print_epoch(rows[-1], schedule.epochs, shown)
     except (KeyboardInterrupt, BrokenPipeError):
+        # The networks as they are, in the middle of an epoch; `--resume` starts from
+        # the checkpoint at the epoch's beginning.
         finish()
         raise
     return finish()
