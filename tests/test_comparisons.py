@@ -128,12 +128,13 @@ def test_a_row_of_question_2_is_trained_on_few_images_as_the_script_does(
     for module, name, value in (
         *((q2, "SAMPLES", 300), (metrics, "NULL_DRAWS", 1)),
         *((metrics, "FRESH_EPOCHS", 1), (q2, "augment", augment)),
-        *((q2, "EPOCHS", 1), (q2, "LEAST_STEPS", 35)),  # ten steps an epoch
+        *((q2, "EPOCHS", 1), (q2, "LEAST_STEPS", 14)),  # four steps an epoch
     ):
         monkeypatch.setattr(module, name, value)
     metrics._prior_draws.cache_clear()
     data = tiny_data / "data.npy"
-    assert train(*arguments("q2", tmp_path, data, "vae,shallow")) == ["vae", "shallow"]
+    given = arguments("q2", tmp_path, data, "vae,shallow", "--batch-size", "105")
+    assert train(*given) == ["vae", "shallow"]
     metrics._prior_draws.cache_clear()
     rows = rows_of("q2", tmp_path)
     vae, shallow = rows["vae"], rows["shallow"]
@@ -141,7 +142,7 @@ def test_a_row_of_question_2_is_trained_on_few_images_as_the_script_does(
     assert not shallow["long"]
     assert vae["loss_discriminator"] is None
     assert shallow["loss_discriminator"] > 0
-    assert augmented.count(42) == 10 * (vae["epochs"] + shallow["epochs"])
+    assert augmented.count(105) == 4 * (vae["epochs"] + shallow["epochs"])
     assert shallow["made_by"]["recipe"]["hidden"] == [400, 400]
     for row in rows.values():
         assert row["informative_dimensions"] == 10
