@@ -68,6 +68,8 @@ def test_logistic_accuracy_is_of_linear_borders_at_any_scale():
     for x, y, least, most in ((codes, labels, 0.99, 1), (ring, inside, 0.3, 0.7)):
         found = metrics.logistic_accuracy(x[:400], y[:400], x[400:], y[400:])
         assert least <= found <= most
+    one = metrics.logistic_accuracy(codes, np.zeros(600, int), codes, labels)
+    assert one == np.mean(labels == 0)  # no border to learn
 
 
 def vote_of_five(train, cells, test):
