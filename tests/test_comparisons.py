@@ -1,5 +1,6 @@
 """The comparisons' variants, and runs of some rows."""
 
+import inspect
 import json
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ import tensorflow as tf
 from conftest import save_pairs, tiny_digits
 
 import metrics
+import plots
 import q2_aae as q2
 from extras import comparisons
 from read_MNIST_M import load_mnist_m
@@ -128,20 +130,21 @@ def test_a_row_of_question_2_is_trained_on_few_images_as_the_script_does(
     for module, name, value in (
         *((q2, "SAMPLES", 300), (metrics, "NULL_DRAWS", 1)),
         *((metrics, "FRESH_EPOCHS", 1), (q2, "augment", augment)),
-        *((q2, "EPOCHS", 1), (q2, "LEAST_STEPS", 35)),  # ten steps an epoch
+        *((q2, "EPOCHS", 1), (q2, "LEAST_STEPS", 24)),  # four steps an epoch
     ):
         monkeypatch.setattr(module, name, value)
     metrics._prior_draws.cache_clear()
     data = tiny_data / "data.npy"
-    assert train(*arguments("q2", tmp_path, data, "vae,shallow")) == ["vae", "shallow"]
+    given = arguments("q2", tmp_path, data, "vae,shallow", "--batch-size", "105")
+    assert train(*given) == ["vae", "shallow"]
     metrics._prior_draws.cache_clear()
     rows = rows_of("q2", tmp_path)
     vae, shallow = rows["vae"], rows["shallow"]
-    assert (vae["epochs"], vae["long"], vae["code_dim"]) == (4, True, 10)
-    assert not shallow["long"]
+    assert (vae["epochs"], vae["long"], vae["code_dim"]) == (6, True, 10)
+    assert (shallow["epochs"], shallow["long"]) == (2, False)
     assert vae["loss_discriminator"] is None
     assert shallow["loss_discriminator"] > 0
-    assert augmented.count(42) == 10 * (vae["epochs"] + shallow["epochs"])
+    assert augmented.count(105) == 4 * (vae["epochs"] + shallow["epochs"])
     assert shallow["made_by"]["recipe"]["hidden"] == [400, 400]
     for row in rows.values():
         assert row["informative_dimensions"] == 10
@@ -250,7 +253,9 @@ def test_unknown_row_is_one_line_and_code_2(tiny_data, tmp_path, refused):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"rows": 3}', "\udcff"])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"rows": 3}', '{"rows": {"vae": 5}}', "\udcff"]
+)
 def test_damaged_record_is_one_line_and_is_left_alone(
     content, tiny_data, tmp_path, refused
 ):
@@ -261,6 +266,43 @@ def test_damaged_record_is_one_line_and_is_left_alone(
     given = arguments("q2", tmp_path, tiny_data / "data.npy", "vae")
     assert f"{path}: found " in refused(comparisons.main, *given)
     assert path.read_bytes() == before
+
+
+def test_rows_of_another_layout_are_not_drawn_and_the_bound_is_of_ten(
+    tmp_path, monkeypatch
+):
+    drawn = []
+    monkeypatch.setattr(plots, "q2_frontier", lambda *given: drawn.extend(given[1:]))
+    new = {"long": False, "frechet_distance": 8.0, "informative_dimensions": 10}
+    new |= {"knn_accuracy": {"code": 0.9}, "knn_bound": 0.77}
+    all_computed = {"informative_dimensions": 100, "knn_bound": 0.3}
+    old = {"knn_accuracy": {"code": 0.9}, "frechet_distance": 9.0, "long": True}
+    control = tmp_path / "q2_control_metrics.json"
+    control.write_text(json.dumps(new | all_computed | {"long": True}))
+    comparisons.draw("q2", {"old": old, "vae": new}, tmp_path)
+    points = {"vae": (0.9, 8.0, False), "control": (0.9, 8.0, True)}
+    assert drawn == [points, 0.77]
+    control.write_text("{")
+    with pytest.raises(utils.UsageError, match="q2_control_metrics.json: found "):
+        comparisons.draw("q2", {}, tmp_path)
+
+
+def test_a_row_is_made_by_the_code_of_its_model_and_of_its_bases(tmp_path, monkeypatch):
+    (tmp_path / "data.npy").touch()
+    base = q2.parse_settings(["--data", str(tmp_path / "data.npy")])
+
+    def made_by(name):
+        settings = comparisons.row_settings(base, "q2", name)
+        return comparisons.what_makes(settings, "q2")
+
+    names, source = ("vae", "vae-half", "shallow"), inspect.getsource
+    before = [made_by(name) for name in names]
+    changed = comparisons.VariationalAutoencoder
+    monkeypatch.setattr(
+        inspect, "getsource", lambda kind: source(kind) + "\n1 + 1" * (kind is changed)
+    )
+    same = [made_by(name) == old for name, old in zip(names, before, strict=True)]
+    assert same == [False, False, True]
 
 
 def _unreachable(address):

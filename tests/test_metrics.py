@@ -57,12 +57,19 @@ def test_knn_accuracy_counts_right_majorities():
 
 def test_logistic_accuracy_is_of_linear_borders_at_any_scale():
     labels = RNG.integers(0, 3, 600)
-    codes = (np.eye(3, 4)[labels] + RNG.normal(0, 0.1, (600, 4))) * [1, 1e-3, 50, 1]
+    codes = (np.eye(3, 4)[labels] + RNG.normal(0, 0.1, (600, 4))) * [
+        1e-3,
+        1e-3,
+        1e-3,
+        50,
+    ]
     ring = RNG.normal(size=(600, 2))
     inside = (np.linalg.norm(ring, axis=1) < 1.18).astype(int)  # half of them
     for x, y, least, most in ((codes, labels, 0.99, 1), (ring, inside, 0.3, 0.7)):
         found = metrics.logistic_accuracy(x[:400], y[:400], x[400:], y[400:])
         assert least <= found <= most
+    one = metrics.logistic_accuracy(codes, np.zeros(600, int), codes, labels)
+    assert one == np.mean(labels == 0)  # no border to learn
 
 
 def vote_of_five(train, cells, test):
