@@ -454,6 +454,8 @@ class RunFolder:
             for variable, name in zip(state, names, strict=True):
                 variable.assign(arrays[name])
             columns = arrays["columns"].tolist()
+            done = len(arrays["history"])
+            print(f"Continuing after epoch {done} of {self.checkpoint_path}.")
             return [
                 dict(zip(columns, row, strict=True))
                 for row in arrays["history"].tolist()
@@ -509,14 +511,13 @@ def fit(
     draw: Callable[[dict[str, np.ndarray]], None],
     change: Change | None = None,
 ) -> dict[str, np.ndarray]:
-    """Train a model, or continue with it, saving checkpoints on the way.
+    """Train a model, or continue its training, with a checkpoint after each epoch.
 
-    Whether training ends or is interrupted, networks and history are saved, and
-    `draw` draws the history.
+    Networks and history are saved in any case, also if training is interrupted.
 
     Args:
         run: where checkpoints, networks and history go.
-        model: compiled, its optimizers built.
+        model: compiled, with built optimizers.
         optimizers: all that train the model; a checkpoint holds their states.
         networks: parts of the model that are saved at the end.
         train: training images, float32 (N, ...) in [0, 1].
@@ -536,32 +537,36 @@ def fit(
     for optimizer in optimizers:
         state += optimizer.variables
     rows = run.load_checkpoint(state)
-    if rows:
-        print(f"Continuing after epoch {len(rows)} of {run.checkpoint_path}.")
     print(f"Training: {schedule.epochs} epochs of {schedule.steps} steps.", flush=True)
-
-    def finish() -> dict[str, np.ndarray]:
-        run.save_networks(networks)
-        if not rows:
-            return {}
-        history = {key: np.array([row[key] for row in rows]) for key in rows[0]}
-        run.write_history(history)
-        draw(history)
-        return history
-
     try:
         for epoch in range(len(rows), schedule.epochs):
-            size, seed = schedule.batch_size, run.settings.seed
-            batches = epoch_batches(images, size, seed, epoch, change)
+            batches = epoch_batches(
+                images, schedule.batch_size, run.settings.seed, epoch, change
+            )
             rows.append(train_epoch(model, batches, valid, epoch + 1))
             run.save_checkpoint(state, rows)
             print_epoch(rows[-1], schedule.epochs, shown)
     except (KeyboardInterrupt, BrokenPipeError):
-        # The networks as they are, in the middle of an epoch; `--resume` starts from
-        # the checkpoint at the epoch's beginning.
-        finish()
+        # The networks are saved as they are, in the middle of an epoch.
+        _finish(run, networks, rows, draw)
         raise
-    return finish()
+    return _finish(run, networks, rows, draw)
+
+
+def _finish(
+    run: RunFolder,
+    networks: Sequence[keras.Model],
+    rows: Sequence[Mapping[str, float]],
+    draw: Callable[[dict[str, np.ndarray]], None],
+) -> dict[str, np.ndarray]:
+    """Save networks and history, and draw the history; return it."""
+    run.save_networks(networks)
+    if not rows:
+        return {}
+    history = {key: np.array([row[key] for row in rows]) for key in rows[0]}
+    run.write_history(history)
+    draw(history)
+    return history
 
 
 def train_epoch(
