@@ -533,6 +533,7 @@ def fit(
         UsageError: a loss is no longer finite, or the checkpoint is damaged.
     """
     schedule, images = run.schedule, tf.constant(train)
+    size, seed = schedule.batch_size, run.settings.seed
     state = list(model.variables)
     for optimizer in optimizers:
         state += optimizer.variables
@@ -540,9 +541,7 @@ def fit(
     print(f"Training: {schedule.epochs} epochs of {schedule.steps} steps.", flush=True)
     try:
         for epoch in range(len(rows), schedule.epochs):
-            batches = epoch_batches(
-                images, schedule.batch_size, run.settings.seed, epoch, change
-            )
+            batches = epoch_batches(images, size, seed, epoch, change)
             rows.append(train_epoch(model, batches, valid, epoch + 1))
             run.save_checkpoint(state, rows)
             print_epoch(rows[-1], schedule.epochs, shown)
