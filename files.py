@@ -71,12 +71,21 @@ def code_digest(sources: Iterable[str]) -> str:
     """Return the SHA-256 of Python sources, comments, layout and docstrings aside."""
     digest = hashlib.sha256()
     for source in sources:
-        tree = ast.parse(source)
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-                node.value.value = None  # a docstring
-        digest.update(ast.dump(tree).encode())
+        digest.update(repr(_skeleton(ast.parse(source))).encode())
     return digest.hexdigest()
+
+
+def _skeleton(node: Any) -> Any:
+    """Return a syntax tree as plain tuples, the same in every version of Python."""
+    if isinstance(node, list):
+        return [_skeleton(each) for each in node]
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+        return "docstring"
+    if not isinstance(node, ast.AST):
+        return node
+    fields = [(name, _skeleton(value)) for name, value in ast.iter_fields(node)]
+    # Versions differ in the fields that are empty.
+    return type(node).__name__, [each for each in fields if each[1] not in ([], None)]
 
 
 def sources_path(path: str | os.PathLike) -> Path:

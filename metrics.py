@@ -76,7 +76,7 @@ def knn_accuracy(
         train_labels: their digits, (N,).
         test: codes or images, float32 (M, ...), whose digits are named.
         test_labels: their digits, (M,).
-        neighbours: how many vote; all of fewer.
+        neighbours: how many vote; all, if there are fewer.
     """
     vote = KNeighborsClassifier(min(neighbours, len(train)), algorithm="brute")
     vote.fit(train.reshape(len(train), -1), train_labels)
@@ -90,6 +90,8 @@ def logistic_accuracy(
     test_labels: np.ndarray,
 ) -> float:
     """Return how often a logistic regression on codes (N, D) names the right digit."""
+    if len(np.unique(train_labels)) == 1:  # nothing to tell apart
+        return float(np.mean(test_labels == train_labels[0]))
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1_000))
     return float(classifier.fit(train, train_labels).score(test, test_labels))
 
@@ -101,9 +103,9 @@ def knn_bound(train_count: int, test_count: int, dimensions: int) -> float | Non
     to one digit, the digits divide the space into ten cells of probability 1/10, and
     neighbours err near the borders. In nine dimensions or more, the division with the
     least border gives each point to the nearest of ten vertices of a regular simplex
-    (Milman & Neeman 2018, arXiv:1805.10961). Ten unit vectors are such vertices, so the
-    cell is the number of the largest of ten coordinates. That the least border makes
-    the fewest errors is plausible where neighbours are close, but not proved.
+    (Milman & Neeman 2018, arXiv:1805.10961). In ten dimensions the unit vectors are
+    such vertices, so the cell is the number of the largest coordinate. That the least
+    border makes the fewest errors is plausible, but not proved.
 
     Returns:
         The accuracy among as many true draws as there are codes, or None for fewer
@@ -180,7 +182,7 @@ def tsne_map(codes: np.ndarray, seed: int) -> tuple[np.ndarray, float]:
     tsne = TSNE(
         perplexity=min(30, max(1, (len(codes) - 1) // 3)),
         initialization="pca" if codes.shape[1] > 1 else "random",
-        neighbors="exact",  # sooner found than the approximate ones
+        neighbors="exact",  # faster here than approximate ones
         n_interpolation_points=2,  # in two thirds of the time of 3
         n_jobs=-1,
         random_state=seed,
@@ -204,8 +206,8 @@ def prior_match(codes: np.ndarray) -> dict[str, Any]:
         arXiv:1711.01558), 0 on average for codes drawn from the prior.
         `ks_max`: of the D marginals the largest Kolmogorov-Smirnov distance to N(0, 1).
         `covariance_eigenvalue_min`, `covariance_eigenvalue_max`.
-        `draws`: of each of these the least and the most that it was for `NULL_DRAWS`
-        sets of N true draws, which tell chance from a departure at any N and D.
+        `draws`: the least and the largest value of each of these over `NULL_DRAWS` sets
+        of N true draws, which tell chance from a departure at any N and D.
     """
     found = _against_prior(codes.astype(np.float64), np.random.default_rng(0))
     return found | {"draws": _prior_draws(*codes.shape)}

@@ -23,6 +23,7 @@ Rubenstein et al. 2018 (arXiv:1802.03761), Mondal et al. 2020 (arXiv:1912.04564)
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,7 +62,7 @@ class Recipe(NamedTuple):
     weight_decay: float = 0.2  # in (a), times the rate (arXiv:1711.05101)
     rate_b: float = 1e-3  # at its peak
     rate_c: float = 1.5e-3  # at its peak
-    epsilon_c: float = 1e-3  # of Adam in (c): small gradients make small steps
+    epsilon_c: float = 1e-3  # of Adam in (c), large: small gradients make small steps
 
 
 DEFAULT = Recipe()
@@ -163,7 +164,7 @@ class AdversarialAutoencoder(keras.Model):
         self.seed_generator = keras.random.SeedGenerator()
         names = "reconstruction_loss", "discriminator_loss", "encoder_loss", "mse"
         self.means = [keras.metrics.Mean(name) for name in names]
-        self.built = True  # for its networks are
+        self.built = True  # its networks already are
 
     def train_step(self, data: tuple[tf.Tensor, tf.Tensor]) -> dict[str, tf.Tensor]:
         """Take the three stages on a batch x, float32 (N, 784) in [0, 1]."""
@@ -178,7 +179,7 @@ class AdversarialAutoencoder(keras.Model):
 
         # (b) The discriminator minimises
         #     L_D = -E_{z~p(z)}[log D(z)] - E_x[log(1 - D(Enc(x)))].
-        #     Stage (a) has changed the encoder, so the codes are computed anew.
+        #     The encoder has changed, so the codes are computed anew.
         codes = self.encoder(x)
         z = self.sample_prior(tf.shape(x)[0])
         with tf.GradientTape() as tape:
@@ -388,6 +389,7 @@ def digit_classifier(folder: Path, train: Split) -> keras.Model | None:
     if train.labels is None:
         return None
     digest = hashlib.sha256(train.images.tobytes() + train.labels.tobytes())
+    digest.update(inspect.getsource(metrics.train_digit_classifier).encode())
     path = folder / f"digit_classifier-{digest.hexdigest()[:8]}.keras"
     if not path.exists():
         with replacing(path) as temporary:

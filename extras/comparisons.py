@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
@@ -149,8 +150,8 @@ VAE = {"learning_rate": 1e-3, "code_dim": q2.INFORMATIVE}
 # One thing is changed at a time; what has to change with it is named.
 CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "short": ("the default, shorter", {}),
-    "slow-d": ("with (b) at half its rate", {"rate_b": 5e-4}),
-    "fast-d": ("with (b) at twice its rate", {"rate_b": 2e-3}),
+    "slow-d": ("with (b) at half its rate", {"rate_b": q2.DEFAULT.rate_b / 2}),
+    "fast-d": ("with (b) at twice its rate", {"rate_b": q2.DEFAULT.rate_b * 2}),
     "without-c": ("without stage (c)", {"rate_c": 0.0}),
     "all-informative": ("with all 100 coordinates computed", {"informative": None}),
     "no-skips": ("without skips", {"decoder_skips": False}),
@@ -162,10 +163,8 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
 Q2_ROWS = {
     "seed-1": Row("the default, seed 1", {"seed": 1}),
     "seed-2": Row("the default, seed 2", {"seed": 2}),
-    "vae": Row("a variational one", VAE, False, "", q2.DEFAULT, VariationalAutoencoder),
-    "vae-half": Row(
-        "a variational one, β = 1/2", VAE, False, "", q2.DEFAULT, HalfWeight
-    ),
+    "vae": Row("a variational one", VAE, kind=VariationalAutoencoder),
+    "vae-half": Row("a variational one, β = 1/2", VAE, kind=HalfWeight),
 }
 for _name, (_title, _recipe) in CHANGES.items():
     _changed = q2.DEFAULT._replace(**_recipe)
@@ -179,13 +178,9 @@ ROWS = {"q1": Q1_ROWS, "q2": Q2_ROWS}
 
 
 def row_settings(base: utils.Settings, question: str, name: str) -> utils.Settings:
-    """Return a row's settings; it is trained in a folder that what makes it names."""
+    """Return a row's settings; a digest of what makes it names its folder."""
     row = ROWS[question][name]
-    changes = dict(row.settings)
-    if row.short:
-        epochs = base.epochs or SCRIPTS[question].EPOCHS
-        changes["epochs"] = max(1, epochs // SHORTER)
-    settings = dataclasses.replace(base, name=name, **changes)
+    settings = dataclasses.replace(base, name=name, **row.settings)
     made_by = json.dumps(what_makes(settings, question), sort_keys=True)
     digest = hashlib.sha256(made_by.encode()).hexdigest()[:8]
     folder = base.run_dir.parent / "comparisons" / question / f"{name}-{digest}"
@@ -195,25 +190,40 @@ def row_settings(base: utils.Settings, question: str, name: str) -> utils.Settin
     )
 
 
+@functools.cache
+def data_digest(path: Path, modified: int) -> str:
+    """Return the SHA-256 of a data file, which was last `modified` at a time."""
+    return describe_source(path)["sha256"]
+
+
+@functools.cache
+def question_code(question: str) -> str:
+    """Return a digest of the code that trains and measures a question's runs."""
+    return training_code(SCRIPTS[question].__file__)
+
+
 def what_makes(settings: utils.Settings, question: str) -> dict[str, Any]:
     """Return all that a row's numbers follow from but versions and machine."""
     row = ROWS[question][settings.name]
     made_by: dict[str, Any] = {
         "epochs": settings.epochs,
+        "short": row.short,
         "batch_size": settings.batch_size,
         "learning_rate": settings.learning_rate,
         "code_dim": settings.code_dim,
         "seed": settings.seed,
         "quick": settings.quick,
-        "data": describe_source(settings.data)["sha256"],
-        "code": training_code(SCRIPTS[question].__file__),
+        "data": data_digest(settings.data, settings.data.stat().st_mtime_ns),
+        "code": question_code(question),
     }
     if question == "q1":
         made_by["activation"] = row.activation
     else:
         # Tuples become lists, as they do in a JSON file.
         made_by["recipe"] = json.loads(json.dumps(row.recipe._asdict()))
-        made_by["variant"] = code_digest([inspect.getsource(row.kind)])
+        ours = [each for each in row.kind.__mro__ if each.__module__ == __name__]
+        sources = [inspect.getsource(each) for each in (Sampling, *ours)]
+        made_by["variant"] = code_digest(sources)
     return made_by
 
 
@@ -247,6 +257,8 @@ def run_q2(settings: utils.Settings, row: Row) -> dict[str, Any]:
     train, valid, test = utils.prepare_splits(splits, settings.data, settings.quick)
     count = len(train.images)
     schedule = utils.training_schedule(settings, count, q2.EPOCHS, q2.LEAST_STEPS)
+    if row.short:
+        schedule = schedule._replace(epochs=max(1, schedule.epochs // SHORTER))
     run = utils.RunFolder(settings, describe_source(settings.data), schedule)
     with run.in_use():
         model = q2.build_model(settings, schedule, row.recipe, row.kind)
@@ -274,7 +286,7 @@ def run_q2(settings: utils.Settings, row: Row) -> dict[str, Any]:
 
 
 def train_row(base: utils.Settings, question: str, name: str) -> None:
-    """Train and measure a row, or continue with it; leave `row.json` in its folder."""
+    """Train and measure a row, or continue it; write `row.json` into its folder."""
     settings, row = row_settings(base, question, name), ROWS[question][name]
     print(f"{name}: {row.title}", flush=True)
     made_by = what_makes(settings, question)
@@ -344,7 +356,8 @@ def run_on_cluster(commands: Sequence[Sequence[str]], address: str) -> None:
     try:
         from distributed import Client
     except ImportError:
-        raise utils.UsageError("--cluster: pip install distributed") from None
+        found = "found no package distributed"
+        raise utils.UsageError(f"--cluster: {found} (pip install it)") from None
     try:
         with Client(address) as client:
             client.gather(client.map(subprocess.check_call, commands, pure=False))
@@ -361,7 +374,8 @@ def draw(question: str, rows: Mapping[str, dict], figures: Path) -> None:
     for name, suffix in (("default", ""), ("control", "_control")):
         path = figures / f"{question}{suffix}_metrics.json"
         if path.exists():
-            rows[name] = {"long": True} | read_json(path)
+            with utils.damage_told(path, "metrics of a run"):
+                rows[name] = {"long": True} | read_json(path)
     if question == "q1":
         sizes = [row for name, row in rows.items() if name in SIZES]
         sizes.sort(key=lambda row: row["code_dim"])
@@ -370,9 +384,11 @@ def draw(question: str, rows: Mapping[str, dict], figures: Path) -> None:
         return
     points, bound = {}, None
     for name, row in rows.items():
-        if row["knn_accuracy"] is not None:
-            accuracy, distance = row["knn_accuracy"]["code"], row["frechet_distance"]
-            points[name] = accuracy, distance, row["long"]
+        if "knn_bound" not in row or row["knn_accuracy"] is None:
+            continue  # of another layout, or without labels
+        accuracy, distance = row["knn_accuracy"]["code"], row["frechet_distance"]
+        points[name] = accuracy, distance, row["long"]
+        if row["informative_dimensions"] == q2.INFORMATIVE:
             bound = row["knn_bound"]
     if points:
         plots.q2_frontier(figures / "q2_frontier.png", points, bound)
@@ -405,7 +421,7 @@ def read_record(path: Path) -> dict[str, dict]:
     if not path.exists():
         return {}
     with utils.damage_told(path, "rows of this question"):
-        return dict(read_json(path)["rows"])
+        return {name: dict(row) for name, row in read_json(path)["rows"].items()}
 
 
 def read_rows(question: str, text: str | None) -> list[str]:
