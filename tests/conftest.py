@@ -1,5 +1,7 @@
-"""Tiny real data, and how a script is run and refuses."""
+"""Tiny real data, how a script is run and refuses, and a full disk."""
 
+import contextlib
+import resource
 import sys
 
 import utils
@@ -11,7 +13,7 @@ from sklearn.datasets import load_digits, load_sample_images
 import make_data
 
 SIZES = (420, 40, 60)
-LONGEST = "interrupted_", "finished_rows", "a_row_of_question_2", "beats_the_mean"
+LONGEST = "ends_the_same", "finished_rows", "a_row_of_question_2", "beats_the_mean"
 
 
 def tiny_digits():
@@ -26,6 +28,21 @@ def save_pairs(path, pairs):
     content = np.empty(len(pairs), object)
     content[:] = pairs
     np.save(path, content, allow_pickle=True)
+
+
+@contextlib.contextmanager
+def disk_with_room_for(size):
+    """Let no file grow beyond a size in bytes, as where the disk is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def contents(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def pytest_collection_modifyitems(items):

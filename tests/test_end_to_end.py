@@ -1,15 +1,16 @@
-"""Both scripts through the real command line, on a tiny data set."""
+"""Both scripts from the command line to their outputs, on a tiny data set."""
 
 import csv
+import functools
 import json
 import os
-import random
 import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
+
+import utils
 
 import keras
 import matplotlib.image
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from conftest import save_pairs
 
+import metrics
 import q1_cnn_autoencoder as q1
 import q2_aae as q2
 
@@ -26,10 +28,10 @@ SCRIPTS = {"q1": "q1_cnn_autoencoder.py", "q2": "q2_aae.py"}
 DATA = {"q1": "MNIST_M.npy", "q2": "data.npy"}
 MODELS = {"q1": ["autoencoder"], "q2": ["encoder", "decoder", "discriminator"]}
 FIGURES = {
-    "q1": {"loss", "reconstructions", "extremes", "errors"},
+    "q1": {"loss", "reconstructions"},
     "q2": {
-        *("tsne", "losses", "samples", "latent_walk", "reconstructions"),
-        *("prior_match", "coordinates", "nearest"),
+        *("tsne", "losses", "samples", "latent_walk", "latent_slice"),
+        *("reconstructions", "prior_match"),
     },
 }
 KEYS = {
@@ -37,10 +39,8 @@ KEYS = {
     "q2": {
         *("test_mse", "test_reconstruction_loss", "loss_discriminator"),
         *("loss_encoder", "prior_match", "frechet_distance", "knn_accuracy"),
-        *("frechet_distance_floor", "fresh_discriminator_accuracy"),
     },
 }
-PLACES = "--figures", "figures", "--run-dir", "run"
 # Names as a user calls them: the interpreter of the PATH, the script from elsewhere.
 PYTHON = Path(sys.executable).name
 ENVIRONMENT = os.environ | {
@@ -56,33 +56,30 @@ ODD = {
 ODD_KERAS = {"floatx": "float16", "image_data_format": "channels_first"}
 
 
-def command(question, folder, data, *arguments):
-    """Return the words of a call in a folder, each name as short as it can be."""
-    script = os.path.relpath(HOME / SCRIPTS[question], folder)
-    data = os.path.relpath(data, folder)
-    options = "--data", data, *PLACES, "--batch-size", "42", *arguments
-    return [PYTHON, script, *options]
+def options(folder, data, *more):
+    """Return the options of a run whose outputs are in a folder."""
+    places = "--figures", folder / "figures", "--run-dir", folder / "run"
+    few = "--batch-size", "42", "--epochs", "3"
+    return [str(word) for word in ("--data", data, *places, *few, *more)]
 
 
-def run(words, folder, **environment):
-    return subprocess.run(
-        words,
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=ENVIRONMENT | environment,
-    )
-
-
-def start(words, folder):
+def start(words, folder, **environment):
     return subprocess.Popen(
         words,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=folder,
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | environment,
     )
+
+
+def run(words, folder, code=0, **environment):
+    """Run a program to an exit code; return what it printed, and its errors."""
+    process = start(words, folder, **environment)
+    told, error = process.communicate()
+    assert process.returncode == code, error
+    return told, error
 
 
 def read_until(process, words):
@@ -92,88 +89,46 @@ def read_until(process, words):
     pytest.fail(f"it ended before {words!r}: {process.stderr.read()}")
 
 
-def last_line(error):
-    assert "Traceback" not in error
-    return error.splitlines()[-1]
-
-
-def history(question, folder):
+def read_history(question, folder):
     path = folder / "figures" / f"{question}_history.csv"
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def metrics(question, folder):
+def read_metrics(question, folder):
     return json.loads((folder / "figures" / f"{question}_metrics.json").read_text())
 
 
-def check_outputs(question, folder, epochs):
-    for path in (folder / "figures").glob("*.png"):
+def check_outputs(question, folder):
+    paths = list((folder / "figures").glob("*.png"))
+    assert {path.stem for path in paths} == {
+        f"{question}_{figure}" for figure in FIGURES[question]
+    }
+    for path in paths:
         image = matplotlib.image.imread(path)
         assert min(image.shape[:2]) > 150
         assert image[..., :3].std() > 0.02
-    figures = {path.stem for path in (folder / "figures").glob("*.png")}
-    assert figures == {f"{question}_{figure}" for figure in FIGURES[question]}
-    found = metrics(question, folder)
-    common = {"data", "seed", "versions", "settings", "training_seconds"}
+    found = read_metrics(question, folder)
+    common = {"data", "seed", "versions", "settings", "training_seconds", "code"}
     assert KEYS[question] | common <= found.keys()
-    assert found["settings"]["epochs"] == epochs
-    assert found["settings"]["batch_size"] == 42
-    rows = history(question, folder)
-    assert [float(row["epoch"]) for row in rows] == [*range(1, epochs + 1)]
+    assert (found["settings"]["epochs"], found["settings"]["batch_size"]) == (3, 42)
+    rows = read_history(question, folder)
+    assert [float(row["epoch"]) for row in rows] == [1, 2, 3]
     assert all(np.isfinite(float(value)) for row in rows for value in row.values())
 
 
 def check_same(question, whole, broken):
     """Compare two runs' numbers, and their figures byte for byte."""
-    first, second = (metrics(question, folder) for folder in (whole, broken))
-    for key in (first.keys() | second.keys()) - {"stage_seconds", "training_seconds"}:
-        assert first[key] == second[key], key
-    rows = zip(history(question, whole), history(question, broken), strict=True)
-    for one, other in rows:
-        assert one.keys() == other.keys()
-        for key in one.keys() - {"seconds"}:
-            assert float(one[key]) == float(other[key]), key
+    first, second = (read_metrics(question, folder) for folder in (whole, broken))
+    for found in (first, second):
+        del found["training_seconds"], found["data"]["file"]
+    assert first == second
+    histories = [read_history(question, folder) for folder in (whole, broken)]
+    for row in sum(histories, []):
+        del row["seconds"]
+    assert histories[0] == histories[1]
     for path in (whole / "figures").glob("*.png"):
         assert path.read_bytes() == (broken / "figures" / path.name).read_bytes(), path
-
-
-def interrupt(question, folder, words, by):
-    """Interrupt a run after its first epoch; return the hint that it ends with."""
-    process = start(words, folder)
-    if by == "a closed pipe":  # as of `| head -1`
-        process.stdout.readline()
-        process.stdout.close()
-    else:
-        read_until(process, "epoch 1 of")
-        process.send_signal(by)
-    process.wait(timeout=300)
-    error = process.stderr.read()
-    assert process.returncode == 130, error
-    again = shlex.join([*words, "--resume"])
-    assert last_line(error) == f"{SCRIPTS[question]}: interrupted; go on with: {again}"
-    for model in MODELS[question]:
-        assert (folder / "run" / f"{model}.keras").exists()
-    assert list((folder / "figures").glob("*_loss*.png"))
-    return again
-
-
-def kill(folder, again):
-    """Go on, for as long as chance will have it, and then be gone without a word."""
-    process = start(shlex.split(again), folder)
-    read_until(process, "Training:")
-    time.sleep(random.Random(0).uniform(0, 2))
-    process.kill()
-    process.communicate()
-
-
-def check_whole(question, folder, data, **environment):
-    """Check a run that nothing interrupts."""
-    folder.mkdir()
-    words = command(question, folder, data, "--epochs", "3")
-    done = run(words, folder, **environment)
-    assert done.returncode == 0, done.stderr
-    check_outputs(question, folder, 3)
 
 
 def load(folder, name):
@@ -181,53 +136,90 @@ def load(folder, name):
 
 
 def test_q1_interrupted_killed_or_in_an_odd_environment_ends_the_same(
-    tiny_data, tmp_path, monkeypatch, refused
+    tiny_data, tmp_path, refused
 ):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
+    broken.mkdir()
     data = tmp_path / "given.npy"
     data.write_bytes((tiny_data / DATA["q1"]).read_bytes())
     (tmp_path / "keras.json").write_text(json.dumps(ODD_KERAS))
-    check_whole("q1", whole, data, **ODD, KERAS_HOME=str(tmp_path))
+    odd_name = tmp_path / os.fsdecode(b"donn\xe9es.npy")  # no UTF-8
+    odd_name.symlink_to(data)
+    script = HOME / SCRIPTS["q1"]
+    words = [PYTHON, script, *options(whole, odd_name)]
+    run(words, tmp_path, **ODD, KERAS_HOME=str(tmp_path))
+    check_outputs("q1", whole)
     model = load(whole, "autoencoder")
     restored = model.predict(np.zeros((2, 28, 28, 3), np.float32), verbose=0)
     assert restored.dtype == np.float32
     assert restored.shape == (2, 28, 28, 3)
     assert 0 <= restored.min() <= restored.max() <= 1
-    assert metrics("q1", whole)["parameters"] == model.count_params()
-    assert metrics("q1", whole)["data"]["source"] == "a file as given"
+    found = read_metrics("q1", whole)
+    assert found["parameters"] == model.count_params()
+    assert found["data"]["file"] == "donn\ufffdes.npy"
+    assert found["data"]["source"] == "a file as given"
 
-    broken.mkdir()
-    words = command("q1", broken, data, "--epochs", "3")
-    again = interrupt("q1", broken, words, by="a closed pipe")
-    kill(broken, again)
-    done = run(["sh", "-c", f"exec {again} <&- >&- 2>&-"], broken)
-    assert done.returncode == 0
+    # Nobody reads its output any more, as after `| head -1`.
+    words = [PYTHON, os.path.relpath(script, broken), *options(broken, data)]
+    process = start(words, broken)
+    process.stdout.readline()
+    process.stdout.close()
+    error = process.stderr.read()
+    assert process.wait() == 130, error
+    again = shlex.join([*words, "--resume"])
+    hint = f"{script.name}: interrupted; continue with: {again}"
+    assert error.splitlines()[-1] == hint
+    assert (broken / "run" / "autoencoder.keras").exists()
+    assert (broken / "figures" / "q1_loss.png").exists()
+
+    process = start(shlex.split(again), broken)
+    read_until(process, "epoch 2 of 3")
+    process.kill()
+    process.communicate()
+    # Another run's history, in figures that both share.
+    (broken / "figures" / "q1_history.csv").write_text("epoch,loss\n1,7\n2,7\n")
+    run(["sh", "-c", f"exec {again} <&- >&- 2>&-"], broken)  # as under some daemons
     check_same("q1", whole, broken)
 
-    monkeypatch.chdir(broken)
-    words = shlex.split(again)[2:]
-    for changed, told in (
-        (("--code-dim", "7"), "--code-dim 7, expected 128"),
-        (("--epochs", "2"), "--epochs 2, expected 3"),
-        (("--seed", "5"), "--seed 5, expected 0"),
-        (("--run-dir", "new"), "--resume: found no new/settings.json"),
-    ):
-        assert told in refused(q1.main, *words, *changed)
-    settings = broken / "run" / "settings.json"
-    before = settings.read_bytes()
-    settings.write_bytes(b"{")
-    assert "run/settings.json: found" in refused(q1.main, *words)
-    settings.write_bytes(before)
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1  # a pixel
     data.write_bytes(content)
-    assert "--data" in refused(q1.main, *words)
+    assert "--data" in refused(q1.main, *shlex.split(again)[2:])
 
 
-def test_q2_interrupted_ends_the_same(tiny_data, tmp_path):
+@pytest.fixture
+def small_q2(monkeypatch):
+    """Question 2's `main`, with small networks and few measurements."""
+    small = q2.DEFAULT._replace(hidden=(48,), discriminator_hidden=(48,))
+    tsne = functools.partial(metrics.TSNE, early_exaggeration_iter=50, n_iter=50)
+    monkeypatch.setattr(q2, "DEFAULT", small)
+    monkeypatch.setattr(q2, "SAMPLES", 500)
+    monkeypatch.setattr(metrics, "TSNE", tsne)
+    monkeypatch.setattr(metrics, "FRESH_EPOCHS", 1)
+    monkeypatch.setattr(metrics, "NULL_DRAWS", 2)
+    metrics._prior_draws.cache_clear()
+    yield q2.main
+    metrics._prior_draws.cache_clear()
+
+
+def test_q2_interrupted_ends_the_same(
+    tiny_data, tmp_path, monkeypatch, capsys, small_q2
+):
+    def run_here(*arguments):
+        monkeypatch.setattr(sys, "argv", ["q2_aae.py", *arguments])
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "stdout", sys.stdout)
+            utils.run_script(small_q2)
+
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     data = tiny_data / DATA["q2"]
-    check_whole("q2", whole, data)
+    run_here(*options(whole, data))
+    lines = [
+        line for line in capsys.readouterr().out.splitlines() if "epoch" in line[:5]
+    ]
+    assert len(lines) == 3
+    assert all(len(line) <= 80 and " left: " in line for line in lines)
+    check_outputs("q2", whole)
     encoder, decoder, discriminator = (load(whole, name) for name in MODELS["q2"])
     codes = encoder.predict(np.zeros((2, 784), np.float32), verbose=0)
     assert codes.shape == (2, 100)
@@ -237,24 +229,23 @@ def test_q2_interrupted_ends_the_same(tiny_data, tmp_path):
     assert 0 <= images.min() <= images.max() <= 1
     assert discriminator.predict(codes, verbose=0).shape == (2, 1)
 
-    broken.mkdir()
-    words = command("q2", broken, data, "--epochs", "3")
-    again = interrupt("q2", broken, words, by=signal.SIGTERM)
-    done = run(shlex.split(again), broken)
-    assert done.returncode == 0, done.stderr
+    save = utils.RunFolder.save_checkpoint
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as ended:
+
+        def save_and_end(self, state, history):
+            save(self, state, history)
+            signal.raise_signal(signal.SIGTERM)
+
+        patched.setattr(utils.RunFolder, "save_checkpoint", save_and_end)
+        run_here(*options(broken, data))
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.endswith(" --resume\n")
+    assert (broken / "figures" / "q2_losses.png").exists()
+    assert len(read_history("q2", broken)) == 1
+    run_here(*options(broken, data, "--resume"))
     check_same("q2", whole, broken)
-    resumed = load(broken, "decoder").predict(codes, verbose=0)
-    np.testing.assert_allclose(images, resumed, atol=1e-4)
-
-
-def test_data_is_found_in_another_spelling_of_its_name(
-    tiny_data, tmp_path, monkeypatch, refused
-):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "Mnist_M.npy").write_bytes((tiny_data / DATA["q1"]).read_bytes())
-    words = command("q1", tmp_path, tmp_path / "MNIST_M.npy")[2:]
-    # It gets as far as the run's folder, where there is no run to go on with.
-    assert "found no run/settings.json" in refused(q1.main, *words, "--resume")
+    digests = [(each / "run" / "networks.json").read_text() for each in (whole, broken)]
+    assert digests[0] == digests[1]
 
 
 class _Touch:
@@ -262,32 +253,50 @@ class _Touch:
         return os.system, ("touch it_ran",)
 
 
-@pytest.mark.parametrize("question", ["q1", "q2"])
 def test_wrong_data_is_one_line_and_nothing_is_run(
-    question, tiny_data, tmp_path, monkeypatch, refused
+    tiny_data, tmp_path, monkeypatch, refused
 ):
     monkeypatch.chdir(tmp_path)
-    whole = (tiny_data / DATA[question]).read_bytes()
-    (tmp_path / "truncated.npy").write_bytes(whole[: len(whole) // 2])
     hostile = np.empty(3, object)
     hostile[:] = [_Touch()] * 3
     save_pairs(tmp_path / "hostile.npy", list(hostile))
-    black = np.zeros((210, 28, 28, 3) if question == "q1" else (210, 784), np.uint8)
-    if question == "q1":
-        pairs = [(black, np.arange(210) % 10)] * 3
-        save_pairs(tmp_path / "black.npy", pairs)
-    else:
-        np.save(tmp_path / "black.npy", black)
+    # Its name is also found in another spelling.
+    (tmp_path / "MNIST_m.NPY").write_bytes((tiny_data / DATA["q1"]).read_bytes()[:9999])
     before = sorted(tmp_path.iterdir())
-    for name in ("missing.npy", "truncated.npy", "hostile.npy"):
-        words = command(question, tmp_path, tmp_path / name)
-        error = refused(MAINS[question], *words[2:])
-        assert f"{name}: found " in error
-        assert ", expected " in error
-    if question == "q2":  # once in earnest: a start takes long
-        done = run(words, tmp_path)
-        assert done.returncode == 2
-        assert last_line(done.stderr).startswith("q2_aae.py: hostile.npy: found ")
-    words = command(question, tmp_path, tmp_path / "black.npy")
-    assert "all the same" in refused(MAINS[question], *words[2:])
+    for name in ("missing.npy", "hostile.npy", "MNIST_M.npy"):
+        for main in MAINS.values():
+            error = refused(main, *options(tmp_path, name)).lower()
+            assert f"{name}: found ".lower() in error
+            assert ", expected " in error
+    assert "--labels" in refused(q2.main, "--labels", "")
+    # Once in earnest: a start takes long.
+    script = HOME / SCRIPTS["q2"]
+    words = [PYTHON, script, *options(tmp_path, "hostile.npy")]
+    error = run(words, tmp_path, code=2)[1]
+    assert error.splitlines()[-1].startswith("q2_aae.py: hostile.npy: found ")
+    assert "Traceback" not in error
     assert sorted(tmp_path.iterdir()) == before
+
+
+HELP = """
+import runpy, sys
+sys.path[0] = sys.argv[1]
+for script in ("q1_cnn_autoencoder", "q2_aae", "make_data", "report"):
+    sys.argv = [script, "--help"]
+    try:
+        runpy.run_module(script, run_name="__main__")
+    except SystemExit as end:
+        assert not end.code, end
+    else:
+        raise SystemExit(f"{script} did not end")
+import keras
+print(keras.config.floatx(), keras.config.image_data_format(), __debug__)
+"""
+
+
+def test_scripts_start_without_docstrings_and_whatever_keras_json_says(tmp_path):
+    (tmp_path / "keras.json").write_text(json.dumps(ODD_KERAS))
+    words = [PYTHON, "-OO", "-c", HELP, str(HOME)]
+    told, _ = run(words, tmp_path, KERAS_HOME=str(tmp_path))
+    assert told.count("usage: ") == 4
+    assert told.splitlines()[-1] == "float32 channels_last False"
