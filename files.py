@@ -11,7 +11,7 @@ import platform
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -124,5 +124,8 @@ def training_code(script: str) -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that numbers depend on."""
-    found = {package: version(package) for package in PACKAGES}
-    return {"python": platform.python_version(), **found}
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):  # tensorflow-cpu, for example
+            found[package] = version(package)
+    return found

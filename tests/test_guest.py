@@ -59,7 +59,6 @@ metrics.TSNE = functools.partial(metrics.TSNE, n_iter=50, early_exaggeration_ite
 """
 
 
-@pytest.mark.xfail(strict=True, reason="run_script leaves sys.stdout at /dev/null")
 def test_a_notebook_runs_both_scripts_and_interrupts_them(tiny_data, tmp_path):
     np.save(
         tmp_path / "plain.npy", np.random.default_rng(0).random((210, 784), np.float32)

@@ -112,7 +112,6 @@ def test_exit_codes(capsys, monkeypatch, error, code):
     assert told.endswith(" --resume") == isinstance(error, utils.Interrupted)
 
 
-@pytest.mark.xfail(strict=True, reason="run_script leaves sys.stdout at /dev/null")
 def test_a_notebook_still_shows_output_after_an_interruption(monkeypatch):
     monkeypatch.setattr(sys, "stdout", before := sys.stdout)
 
