@@ -48,7 +48,7 @@ def load_run(folder: Path, data_digest: str, command: str) -> Run:
     Raises:
         UsageError: a file is missing or damaged, or the files don't belong together.
     """
-    path = folder / utils.NETWORKS
+    path = folder / "networks.json"
     with utils.damage_told(path, f"the record of a run on this data; run {command}"):
         content = json.loads(path.read_text(encoding="utf-8"))
         record = {name: content[name] for name in ("data", "encoder", "decoder")}
@@ -57,7 +57,7 @@ def load_run(folder: Path, data_digest: str, command: str) -> Run:
     run = {}
     for name in ("encoder", "decoder"):
         path = folder / f"{name}.keras"
-        expected = f"the {name} of {utils.NETWORKS}; run {command}"
+        expected = f"the {name} of networks.json; run {command}"
         with utils.damage_told(path, expected):
             run[name] = keras.saving.load_model(path)
             if utils.weights_digest(run[name]) != record[name]:
