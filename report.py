@@ -334,7 +334,7 @@ def with_own_runs(question: str, comparisons: Metrics, runs: Metrics) -> Metrics
     rows |= {k: v for k, v in comparisons["rows"].items() if k not in files}
     for name, row in rows.items():
         if own and (row.get("code"), row.get("data")) != made_by:
-            rows[name] = row | {"title": f"{row['title']}†"}
+            rows[name] = row | {"title": f"{row.get('title', name)}†"}
     return {"rows": rows}
 
 

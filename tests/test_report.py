@@ -14,7 +14,8 @@ import report
 HOME = Path(report.__file__).parent
 REPORT = "before\n<!-- begin q1 -->\n{}\n<!-- end q1 -->\nafter \\1\n"
 RUN = {
-    "data": {"file": "given.npy", "source": "a file as given"},
+    "data": {"file": "given.npy", "source": "a file as given", "sha256": "abc"},
+    "code": "123",
     "settings": {"epochs": 3, "batch_size": 42, "learning_rate": 0.002},
     "seed": 7,
     "versions": {"python": "3.12.1", "keras": "3.9.9"},
@@ -156,20 +157,25 @@ def test_question_2s_blocks_have_the_runs_numbers_or_say_why_not(tmp_path):
 
 def test_comparisons_show_the_scripts_own_runs_as_they_are_now(tmp_path, capsys):
     row = Q2 | {"title": "another", "long": True, "epochs": 3, "test_mse": 0.4}
+    row["data"] = "abc"
     rows = {name: row for name in ("default", "control", "seed-1")}
     rows |= {"vae": row | {"loss_discriminator": None}, "old": {"long": True}}
+    rows["other-code"] = row | {"code": "124"}
+    rows["other-data"] = row | {"data": "abd"}
     rows["short"] = row | {"long": False, "seed": 1}
     text = rendered(tmp_path, q2=Q2, q2_comparisons={"rows": rows})
     table = block(text, "q2.comparisons")
     assert "| the default (`default`) | 3 | 0.01235 | 3.21 |" in table
     assert "`control`" not in table
     assert "| another (`vae`) | 3 | 0.40000 | 3.21 | 83.0% | 91.0% |  | 10 |" in table
+    assert "another† (`other-code`)" in table
+    assert "another† (`other-data`)" in table
     assert "`short`" in block(text, "q2.ablation")
     assert "`old`" not in text
     assert "row old is left out" in capsys.readouterr().err
     mean = "| test MSE | 0.01235 | 0.40000 | 0.20617 | 0.01235 .. 0.40000 |"
     assert mean in block(text, "q2.seeds")
-    small = Q1 | {"title": "small", "code_dim": 8}
+    small = Q1 | {"title": "small", "code_dim": 8, "data": "abc"}
     text = rendered(tmp_path, q1=Q1, q1_comparisons={"rows": {"x": small}})
     table = block(text, "q1.comparisons")
     assert table.index("| small (`x`) | 8 |") < table.index("| the default (`default`)")
