@@ -304,7 +304,7 @@ def test_a_damaged_page_says_so(made, opened, tmp_path):
 
 def spoil_decoder(folder, value, code_dim=DIM):
     decoder = q2.build_decoder(code_dim, q2.DEFAULT._replace(hidden=(48, 48)))
-    kernel = decoder.get_layer("hidden_2").kernel
+    kernel = decoder.layers[2].kernel  # of the second hidden layer
     kernel.assign(np.where(np.eye(48), value, kernel))
     save_networks(folder, decoder)
 
