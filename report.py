@@ -282,7 +282,8 @@ def styles(metrics: Metrics) -> str:
         ),
     ]
     table = markdown_table(("measure", "this run"), rows)
-    return f"{table}\n\n{provenance(metrics)}"
+    figure = "![Ten styles, and those of five test images](../figures/styles.png)"
+    return "\n\n".join([figure, table, provenance(metrics)])
 
 
 # Reports -----------------------------------------------------------------------------
