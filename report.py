@@ -260,6 +260,8 @@ def q2_rows(metrics: Metrics, long: bool) -> str:
         if row["long"] == long:
             cells = [cell(each, measured(row, each)) for each in COMPARED]
             rows.append((f"{row['title']} (`{name}`)", str(row["epochs"]), *cells))
+    if not rows:
+        return "There are no rows of this kind here."
     return markdown_table(("what was trained", "epochs", *COMPARED), rows)
 
 
