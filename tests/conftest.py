@@ -8,6 +8,7 @@ import utils
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from sklearn.datasets import load_digits, load_sample_images
 
 import make_data
@@ -43,6 +44,17 @@ def disk_with_room_for(size):
 
 def contents(folder):
     return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def descend(rate, loss, *networks):
+    """Take a plain gradient step on a loss; return the loss before it."""
+    variables = [v for network in networks for v in network.trainable_variables]
+    with tf.GradientTape() as tape:
+        value = loss()
+    gradients = tape.gradient(value, variables)
+    for variable, gradient in zip(variables, gradients, strict=True):
+        variable.assign_sub(rate * gradient)
+    return value.numpy()
 
 
 def pytest_collection_modifyitems(items):

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import tiny_digits
+from conftest import descend, tiny_digits
 from scipy.stats import kstest, norm
 
 import metrics
@@ -85,15 +85,6 @@ def test_step_takes_the_stages_of_the_assignment_in_turn():
 
     encoder, decoder, judge = other.encoder, other.decoder, other.discriminator
     z = other.sample_prior(64)
-
-    def descend(rate, loss, *networks):
-        variables = [v for network in networks for v in network.trainable_variables]
-        with tf.GradientTape() as tape:
-            value = loss()
-        gradients = tape.gradient(value, variables)
-        for variable, gradient in zip(variables, gradients, strict=True):
-            variable.assign_sub(rate * gradient)
-        return value.numpy()
 
     def stage_a():
         difference = BATCH - decoder(encoder(BATCH))

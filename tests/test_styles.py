@@ -10,7 +10,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import tiny_digits
+from conftest import descend, tiny_digits
 
 import metrics
 import q2_aae as q2
@@ -39,15 +39,6 @@ def test_step_takes_the_three_stages_with_the_digit():
 
     x, y = batch[:, :784], batch[:, 784:]
     z = other.sample_prior(64)
-
-    def descend(rate, loss, *networks):
-        variables = [v for network in networks for v in network.trainable_variables]
-        with tf.GradientTape() as tape:
-            value = loss()
-        gradients = tape.gradient(value, variables)
-        for variable, gradient in zip(variables, gradients, strict=True):
-            variable.assign_sub(rate * gradient)
-        return value.numpy()
 
     def stage_a():
         restored = other.decoder([other.encoder(x), y])
