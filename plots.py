@@ -55,7 +55,7 @@ STYLE = {
     "axes.prop_cycle": matplotlib.cycler(color=[INK, ACCENT, PALE]),
     "legend.frameon": False,
 }
-History = Mapping[str, np.ndarray]  # a column a quantity, a value an epoch
+Losses = Mapping[str, np.ndarray]  # "step" and losses by name, an array each
 
 
 def _house_style() -> contextlib.AbstractContextManager:
@@ -125,15 +125,24 @@ def image_grid(
             axes.text(-2 * GAP, middle, label, ha="right", va="center")
 
 
-def _both_losses(axes: Axes, history: History, name: str) -> None:
-    """Draw a quantity on training and on validation images."""
-    few = len(history["epoch"]) <= 60  # so that markers do not hide the lines
-    line = {"ms": 3} if few else {"ms": 0, "lw": 0.8}
+def _both_losses(axes: Axes, history: Losses, curve: Losses, name: str) -> None:
+    """Draw a loss on training and on validation images against the training step.
+
+    The axis is linear in the first epoch, where most happens, then logarithmic.
+    """
+    first, last = int(history["step"][0]), int(history["step"][-1])
+    axes.plot(curve["step"], curve[name], lw=1.2, label="training")
     validation = history[f"val_{name}"]
-    axes.plot(history["epoch"], history[name], "o-", label="training", **line)
-    axes.plot(history["epoch"], validation, "s--", label="validation", **line)
-    axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.plot(history["step"], validation, "s--", ms=2.5, lw=0.8, label="validation")
+    axes.set_xscale("symlog", linthresh=first)
+    axes.set_xlim(0, last * 1.1)
+    ticks = sorted(
+        {0, first, last} | {n * first for n in (3, 10, 100) if 4 * n * first < last}
+    )
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.minorticks_off()
+    axes.axvline(first, color=PALE, lw=0.8, zorder=0)
+    axes.set_xlabel("training step")
 
 
 def _log_scale(axes: Axes) -> None:
@@ -147,21 +156,24 @@ def _log_scale(axes: Axes) -> None:
 # Question 1 --------------------------------------------------------------------------
 
 
-def q1_loss(path: str | Path, history: History, pca_mse: float, code_dim: int) -> None:
-    """Draw the reconstruction loss over training ("loss", "val_loss"), and PCA's.
+def q1_loss(
+    path: str | Path, history: Losses, curve: Losses, pca_mse: float, code_dim: int
+) -> None:
+    """Draw the reconstruction loss over training, and PCA's.
 
+    The history has "loss" and "val_loss" an epoch, the curve "loss" in shorter parts.
     `pca_mse` is PCA's mean squared error on the validation images, pixels in [0, 1].
     """
     with _figure(path) as (_, axes):
-        _both_losses(axes, history, "loss")
+        _both_losses(axes, history, curve, "loss")
         axes.axhline(pca_mse, color="black", ls=":")
         axes.annotate(
             f"PCA with {code_dim} components, validation",
-            (1, pca_mse),
+            (0, pca_mse),
             xycoords=("axes fraction", "data"),
-            xytext=(-4, 4),
+            xytext=(4, -4),
             textcoords="offset points",
-            ha="right",
+            va="top",
         )
         ratio = history["val_loss"][-1] / pca_mse
         axes.set(
@@ -202,19 +214,19 @@ def q1_rate_distortion(path: str | Path, rows: Sequence[Mapping[str, float]]) ->
 
 
 def q2_losses(
-    path: str | Path, history: History, equilibrium: Mapping[str, float]
+    path: str | Path, history: Losses, curve: Losses, equilibrium: Mapping[str, float]
 ) -> None:
     """Draw the three losses over training, and the adversaries' equilibrium (nats).
 
-    The history has "reconstruction_loss", "discriminator_loss" and "encoder_loss", and
-    the same after "val_".
+    The curve has "reconstruction_loss", "discriminator_loss" and "encoder_loss" in
+    parts of epochs, the history the same after "val_", an epoch a value.
     """
     names = {
         "reconstruction_loss": ("(a) encoder, decoder", "$L_{recons}$ (mean)"),
         "discriminator_loss": ("(b) discriminator", "$L_D$ (nats)"),
         "encoder_loss": ("(c) encoder", "$L_{Enc}$ (nats)"),
     }
-    with _figure(path, 1, 3, (8, 3.2)) as (figure, row):
+    with _figure(path, 1, 3, (10, 3.4)) as (figure, row):
         figure.suptitle(
             f"$L_D$ ends at {history['discriminator_loss'][-1]:.2f}; a discriminator "
             "that can't tell codes from draws of the prior has "
@@ -222,7 +234,7 @@ def q2_losses(
             fontsize=11,
         )
         for axes, (name, (title, label)) in zip(row, names.items(), strict=True):
-            _both_losses(axes, history, name)
+            _both_losses(axes, history, curve, name)
             if name in equilibrium:
                 axes.axhline(equilibrium[name], color="black", ls=":", label="$D=1/2$")
             axes.set(title=title, ylabel=label)
@@ -261,44 +273,59 @@ def q2_tsne(path: str | Path, points: np.ndarray, labels: np.ndarray | None) -> 
 
 
 def q2_prior_match(
-    path: str | Path, codes: np.ndarray, spectra: Mapping[str, np.ndarray]
+    path: str | Path,
+    codes: np.ndarray,
+    informative: int,
+    noise: np.ndarray,
+    spectra: Mapping[str, np.ndarray],
 ) -> None:
     """Draw the aggregate posterior, codes (N, D), against the prior.
 
-    The spectra are covariance eigenvalues (D,), the largest first; the codes' own come
-    first.
+    Args:
+        path: of the figure.
+        codes: of test images.
+        informative: how many coordinates, the first ones, the encoder computes.
+        noise: of each coordinate the standard deviation of what the encoder adds to an
+            image's mean, (D,).
+        spectra: eigenvalues of covariances of the informative coordinates, the largest
+            first; the codes' own come first.
     """
-    count, dimensions = codes.shape
-    own, prior = next(iter(spectra.values())), scipy.stats.chi2(dimensions)
-    with _figure(path, 1, 3, (9, 3.2)) as (figure, (marginals, spectrum, lengths)):
+    own, codes = next(iter(spectra.values())), codes.astype(np.float64)
+    with _figure(path, 1, 3, (10, 3.4)) as (figure, (coordinates, spectrum, lengths)):
         figure.suptitle(
-            f"{dimensions} informative coordinates of {count:,} test codes: covariance "
-            f"eigenvalues {own[-1]:.2f} .. {own[0]:.2f}",
+            f"{len(codes):,} test codes: the encoder computes {informative} of "
+            f"{codes.shape[1]} coordinates; their covariance has eigenvalues "
+            f"{own[-1]:.2f} .. {own[0]:.2f}",
             fontsize=11,
         )
-        limit = float(max(4.0, np.quantile(np.abs(codes), 0.999)))
-        z = np.linspace(-limit, limit, 121)
-        marginals.hist(codes.ravel(), z, density=True, color=PALE, label="codes")
-        marginals.plot(z, scipy.stats.norm.pdf(z), "--", color="black", label="prior")
-        marginals.set(title="marginals, pooled", xlabel="$z_i$", ylabel="density")
+        number = np.arange(1, codes.shape[1] + 1)
+        mean, deviation = codes.mean(axis=0), codes.std(axis=0)
+        marks = {"ls": "", "ms": 3}
+        coordinates.plot(number, deviation, "o", label="standard deviation", **marks)
+        coordinates.plot(number, noise, "s", label="of which noise", **marks)
+        coordinates.plot(number, mean, "^", color="black", label="mean", **marks)
+        coordinates.set(title="each coordinate", xlabel="number of the coordinate")
+        coordinates.set_ylabel("$z_i$")
 
-        rank = np.arange(1, dimensions + 1)
-        for (name, values), style in zip(spectra.items(), ("-", "k--"), strict=False):
+        rank = np.arange(1, informative + 1)
+        for (name, values), style in zip(spectra.items(), ("-", "k--"), strict=True):
             spectrum.plot(rank, np.maximum(values, 1e-8), style, label=name)
         scale = "log" if own[-1] < 0.1 else "linear"
         spectrum.set(yscale=scale, title="covariance spectrum", xlabel="rank")
         spectrum.xaxis.set_major_locator(MaxNLocator(integer=True))
         spectrum.set_ylabel("eigenvalue")
 
-        squared = np.square(codes, dtype=np.float64).sum(axis=1)
+        prior = scipy.stats.chi2(informative)
+        squared = np.square(codes[:, :informative]).sum(axis=1)
         high = max(float(np.quantile(squared, 0.99)), float(prior.ppf(0.9999)))
         grid = np.linspace(0, high, 100)
         lengths.hist(squared, grid, density=True, color=PALE, label="codes")
-        label = f"$\\chi^2({dimensions})$"
+        label = f"$\\chi^2({informative})$, the prior"
         lengths.plot(grid, prior.pdf(grid), "--", color="black", label=label)
         lengths.set(title="squared length", xlabel=r"$\|z\|^2$", ylabel="density")
-        for axes in (marginals, spectrum, lengths):
-            axes.legend(loc="lower left" if axes is spectrum else "best")
+        coordinates.legend(loc="center")
+        spectrum.legend(loc="lower left")
+        lengths.legend()
 
 
 def q2_frontier(

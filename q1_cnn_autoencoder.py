@@ -36,7 +36,6 @@ LEARNING_RATE = 3e-3  # after the first epoch; then it decays along a cosine to 
 CLIP_NORM = 0.05  # of the gradient
 WIDTHS = (32, 64)  # channels at 14x14 and at 7x7
 ACTIVATION = "leaky_relu"  # of the hidden layers
-KNN_IMAGES = 2_500  # test images whose digits are named by their nearest neighbours
 SHOWN = 10  # images in the figure of reconstructions
 
 # Model -----------------------------------------------------------------------------
@@ -112,7 +111,6 @@ def evaluate(
     """Compare the autoencoder with PCA of the same training images, on test images.
 
     `reconstructions` are those of the test images, float32 (N, 28, 28, 3).
-    `knn_accuracy` is None without labels.
     """
     errors = np.square(reconstructions - test.images)
     test_mse = float(np.mean(errors, dtype=np.float64))
@@ -123,36 +121,6 @@ def evaluate(
         "mean_image_test_mse": metrics.mean_image_mse(train.images, test.images),
         "code_dim": autoencoder.get_layer("encoder").output_shape[-1],
         "parameters": autoencoder.count_params(),
-        "knn_accuracy": neighbour_accuracy(autoencoder, pca, train, test),
-    }
-
-
-def neighbour_accuracy(
-    autoencoder: keras.Model, pca: PCA, train: Split, test: Split
-) -> dict[str, float] | None:
-    """Return how often five nearest neighbours name the digit.
-
-    They are found among codes, PCA's codes of the same size, and pixels.
-    """
-    if train.labels is None:
-        return None
-    # In 2,352 pixels the neighbours of all 10,000 test images take minutes.
-    chosen = np.random.default_rng(0).permutation(len(test.images))[:KNN_IMAGES]
-    images, labels = test.images[chosen], test.labels[chosen]
-    encoder = autoencoder.get_layer("encoder")
-    flat_train = train.images.reshape(len(train.images), -1)
-    flat_test = images.reshape(len(images), -1)
-    spaces = {
-        "cnn_code": (
-            utils.predict(encoder, train.images),
-            utils.predict(encoder, images),
-        ),
-        "pca_code": (pca.transform(flat_train), pca.transform(flat_test)),
-        "pixels": (flat_train, flat_test),
-    }
-    return {
-        name: metrics.knn_accuracy(known, train.labels, asked, labels)
-        for name, (known, asked) in spaces.items()
     }
 
 

@@ -347,7 +347,7 @@ def train_model(
             "discriminator_loss": "L_D",
             "encoder_loss": "L_Enc",
         },
-        draw=lambda history: plots.q2_losses(path, history, EQUILIBRIUM),
+        draw=lambda *losses: plots.q2_losses(path, *losses, EQUILIBRIUM),
         change=augment if len(train) < FEW else None,
     )
 
@@ -415,7 +415,6 @@ def evaluate(
     generated = {
         "samples": encoded.samples,
         "reconstructions": encoded.reconstructions,
-        "pca_samples": metrics.pca_samples(train.images, informative, SAMPLES),
     }
     quality = metrics.sample_quality(classifier, train, test, generated)
     distance = None if classifier is None else quality["samples"]["frechet_distance"]
@@ -462,11 +461,14 @@ def explore_latent_space(
     chosen = np.random.default_rng(seed).permutation(len(test.images))[:8]
     rows = []
     for start, end in chosen.reshape(4, 2):
-        arc = metrics.great_arc(encoded.test_codes[start], encoded.test_codes[end], 12)
-        decoded = utils.predict(decoder, arc)
-        rows.append([test.images[start], *decoded, test.images[end]])
-    title = "Walks between codes of test digits, decoded; at the ends the digits"
-    plots.image_grid(f"{prefix}_latent_walk.png", rows, title)
+        first, last = encoded.test_codes[start], encoded.test_codes[end]
+        arc, line = metrics.great_arc(first, last, 12), np.linspace(first, last, 12)
+        for walk in (arc, line):
+            decoded = utils.predict(decoder, walk)
+            rows.append([test.images[start], *decoded, test.images[end]])
+    title = "Walks between codes of test digits, along arcs and straight, decoded"
+    labels = ("arc", "line") * 4
+    plots.image_grid(f"{prefix}_latent_walk.png", rows, title, labels)
 
     values = np.linspace(-2.5, 2.5, 15)
     rows = []
@@ -479,14 +481,21 @@ def explore_latent_space(
     plots.image_grid(f"{prefix}_latent_slice.png", rows, title)
 
 
-def draw_prior_match(path: str, codes: np.ndarray) -> None:
-    """Draw the informative coordinates of test codes, (M, D), against the prior."""
-    draws = np.random.default_rng(0).standard_normal(codes.shape)
+def draw_prior_match(
+    path: str, encoder: keras.Model, codes: np.ndarray, informative: int, test: Split
+) -> None:
+    """Draw the codes of the test images, (M, D), against the prior."""
+    # What an encoder adds at random to an image's code differs from pass to pass.
+    some = test.images[:1_000]
+    passes = [utils.predict(encoder, some) for _ in range(10)]
+    noise = np.sqrt(np.var(passes, axis=0, ddof=1).mean(axis=0))
+    computed = codes[:, :informative]
+    draws = np.random.default_rng(0).standard_normal(computed.shape)
     spectra = {
-        "codes": metrics.covariance_eigenvalues(codes),
+        "codes": metrics.covariance_eigenvalues(computed),
         f"{len(draws):,} prior draws": metrics.covariance_eigenvalues(draws),
     }
-    plots.q2_prior_match(path, codes, spectra)
+    plots.q2_prior_match(path, codes, informative, noise, spectra)
 
 
 def map_codes(
@@ -548,8 +557,9 @@ def measure(
     path = f"{prefix}_reconstructions.png"
     draw_reconstructions(path, test, encoded.reconstructions, seed)
     explore_latent_space(prefix, model.decoder, encoded, test, seed)
-    codes = encoded.test_codes[:, : model.informative]
-    draw_prior_match(f"{prefix}_prior_match.png", codes)
+    path = f"{prefix}_prior_match.png"
+    codes, informative = encoded.test_codes, model.informative
+    draw_prior_match(path, model.encoder, codes, informative, test)
     codes = encoded.train_codes[:, : model.informative]
     measures["tsne_trustworthiness"] = map_codes(run, model.encoder, codes, train)
     measures["recipe"] = model.recipe._asdict()

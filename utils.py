@@ -7,6 +7,7 @@ import builtins
 import contextlib
 import dataclasses
 import hashlib
+import json
 import math
 import os
 import shlex
@@ -40,8 +41,11 @@ except ImportError:  # Windows
     fcntl = None
 
 QUICK_EPOCHS = 5
+PARTS = 10  # of an epoch: the losses of each are kept
 # Images in each split: at least, and with --quick.
 SIZES = {"training": (100, 2_000), "validation": (1, 200), "test": (20, 500)}
+Rows = list[dict[str, float]]  # losses by name, a row an epoch or a part of one
+Losses = dict[str, np.ndarray]  # the same, by columns
 
 
 class UsageError(ValueError):
@@ -427,25 +431,24 @@ class RunFolder:
                 )
 
     def save_checkpoint(
-        self, state: Sequence[keras.Variable], history: Sequence[Mapping[str, float]]
+        self, state: Sequence[keras.Variable], epochs: Rows, parts: Rows
     ) -> None:
-        """Save all that training changes, and the history so far, an epoch a row."""
+        """Save all that training changes, and the losses so far."""
         with replacing(self.checkpoint_path) as temporary:
             np.savez(
                 temporary,
                 *[variable.numpy() for variable in state],
-                columns=list(history[0]),
-                history=[list(row.values()) for row in history],
+                losses=json.dumps([epochs, parts]),
             )
 
-    def load_checkpoint(self, state: Sequence[keras.Variable]) -> list[dict]:
-        """Load the state; return the history, empty where there is no checkpoint.
+    def load_checkpoint(self, state: Sequence[keras.Variable]) -> tuple[Rows, Rows]:
+        """Load the state; return the losses so far, empty where there is no checkpoint.
 
         Raises:
             UsageError: the checkpoint is damaged, or of another model.
         """
         if not self.checkpoint_path.exists():
-            return []  # a new run, or one interrupted in its first epoch
+            return [], []  # a new run, or one interrupted in its first epoch
         with (
             damage_told(self.checkpoint_path, "a checkpoint of this run"),
             np.load(self.checkpoint_path, allow_pickle=False) as arrays,
@@ -453,13 +456,9 @@ class RunFolder:
             names = [name for name in arrays.files if name.startswith("arr_")]
             for variable, name in zip(state, names, strict=True):
                 variable.assign(arrays[name])
-            columns = arrays["columns"].tolist()
-            done = len(arrays["history"])
-            print(f"Continuing after epoch {done} of {self.checkpoint_path}.")
-            return [
-                dict(zip(columns, row, strict=True))
-                for row in arrays["history"].tolist()
-            ]
+            epochs, parts = json.loads(str(arrays["losses"]))
+            print(f"Continuing after epoch {len(epochs)} of {self.checkpoint_path}.")
+            return epochs, parts
 
     def save_networks(self, networks: Sequence[keras.Model]) -> None:
         """Save networks as NAME.keras; list digests of them and of the data.
@@ -473,21 +472,20 @@ class RunFolder:
             content[network.name] = weights_digest(network)
         write_json(self.path / "networks.json", content)
 
-    def write_history(self, history: Mapping[str, np.ndarray]) -> None:
-        """Write the history, an epoch a row, beside the figures."""
-        with replacing(self.figures / f"{self.settings.name}_history.csv") as temporary:
+    def write_losses(self, name: str, losses: Losses) -> None:
+        """Write a table of losses, such as "history", beside the figures."""
+        path = self.figures / f"{self.settings.name}_{name}.csv"
+        with replacing(path) as temporary:
             np.savetxt(
                 temporary,
-                np.column_stack(list(history.values())),
+                np.column_stack(list(losses.values())),
                 fmt="%.9g",
                 delimiter=",",
-                header=",".join(history),
+                header=",".join(losses),
                 comments="",
             )
 
-    def write_metrics(
-        self, metrics: Mapping[str, Any], history: Mapping[str, np.ndarray]
-    ) -> None:
+    def write_metrics(self, metrics: Mapping[str, Any], history: Losses) -> None:
         """Write the numbers, and where they come from, beside the figures."""
         content = {
             "training_seconds": float(history["seconds"].sum()),
@@ -500,6 +498,33 @@ class RunFolder:
         write_json(self.figures / f"{self.settings.name}_metrics.json", content)
 
 
+class LossCurve(keras.callbacks.Callback):
+    """Keeps the means of the training losses over each tenth of an epoch.
+
+    Args:
+        epoch: the number of the epoch, from 1.
+        steps: how many there are in an epoch.
+    """
+
+    def __init__(self, epoch: int, steps: int) -> None:
+        super().__init__()
+        self.before, self.length = (epoch - 1) * steps, math.ceil(steps / PARTS)
+        self.rows: Rows = []
+        self.sums: dict[str, float] = {}
+
+    def on_train_batch_end(self, batch: int, logs: Mapping[str, float]) -> None:
+        """Add a row at the end of a part; `logs` holds means since the epoch began."""
+        done = batch + 1
+        if done % self.length:
+            return
+        sums = {name: done * float(mean) for name, mean in logs.items()}
+        row = {"step": self.before + done}
+        for name, total in sums.items():
+            row[name] = (total - self.sums.get(name, 0.0)) / self.length
+        self.rows.append(row)
+        self.sums = sums
+
+
 def fit(
     run: RunFolder,
     model: keras.Model,
@@ -508,26 +533,28 @@ def fit(
     train: np.ndarray,
     valid: np.ndarray,
     shown: Mapping[str, str],
-    draw: Callable[[dict[str, np.ndarray]], None],
+    draw: Callable[[Losses, Losses], None],
     change: Change | None = None,
-) -> dict[str, np.ndarray]:
+) -> Losses:
     """Train a model, or continue its training, with a checkpoint after each epoch.
 
-    Networks and history are saved in any case, also if training is interrupted.
+    Networks and losses are saved in any case, also if training is interrupted.
 
     Args:
-        run: where checkpoints, networks and history go.
+        run: where checkpoints, networks and losses go.
         model: compiled, with built optimizers.
         optimizers: all that train the model; a checkpoint holds their states.
         networks: parts of the model that are saved at the end.
         train: training images, float32 (N, ...) in [0, 1].
         valid: validation images, float32 (M, ...) in [0, 1].
         shown: the losses that the screen shows, and how it calls them.
-        draw: called with the history at the end.
+        draw: called at the end with the history, and with the training losses in
+            tenths of epochs.
         change: changes each training batch at random.
 
     Returns:
-        The history, a value an epoch: "epoch", what the model reports, and "seconds".
+        The history, a value an epoch: "epoch", "step" (the last one), what the model
+        reports, and "seconds".
 
     Raises:
         UsageError: a loss is no longer finite, or the checkpoint is damaged.
@@ -537,39 +564,50 @@ def fit(
     state = list(model.variables)
     for optimizer in optimizers:
         state += optimizer.variables
-    rows = run.load_checkpoint(state)
+    epochs, parts = run.load_checkpoint(state)
     print(f"Training: {schedule.epochs} epochs of {schedule.steps} steps.", flush=True)
     try:
-        for epoch in range(len(rows), schedule.epochs):
-            batches = epoch_batches(images, size, seed, epoch, change)
-            rows.append(train_epoch(model, batches, valid, epoch + 1))
-            run.save_checkpoint(state, rows)
-            print_epoch(rows[-1], schedule.epochs, shown)
+        for number in range(len(epochs) + 1, schedule.epochs + 1):
+            batches = epoch_batches(images, size, seed, number - 1, change)
+            curve = LossCurve(number, schedule.steps)
+            epochs.append(train_epoch(model, batches, valid, number, curve))
+            parts += curve.rows
+            run.save_checkpoint(state, epochs, parts)
+            print_epoch(epochs[-1], schedule.epochs, shown)
     except (KeyboardInterrupt, BrokenPipeError):
         # The networks are saved as they are, in the middle of an epoch.
-        _finish(run, networks, rows, draw)
+        _finish(run, networks, epochs, parts, draw)
         raise
-    return _finish(run, networks, rows, draw)
+    return _finish(run, networks, epochs, parts, draw)
 
 
 def _finish(
     run: RunFolder,
     networks: Sequence[keras.Model],
-    rows: Sequence[Mapping[str, float]],
-    draw: Callable[[dict[str, np.ndarray]], None],
-) -> dict[str, np.ndarray]:
-    """Save networks and history, and draw the history; return it."""
+    epochs: Rows,
+    parts: Rows,
+    draw: Callable[[Losses, Losses], None],
+) -> Losses:
+    """Save networks and losses, and draw the losses; return the history."""
     run.save_networks(networks)
-    if not rows:
+    if not epochs:
         return {}
-    history = {key: np.array([row[key] for row in rows]) for key in rows[0]}
-    run.write_history(history)
-    draw(history)
+    history, curve = [
+        {name: np.array([row[name] for row in rows]) for name in rows[0]}
+        for rows in (epochs, parts)
+    ]
+    run.write_losses("history", history)
+    run.write_losses("steps", curve)
+    draw(history, curve)
     return history
 
 
 def train_epoch(
-    model: keras.Model, batches: tf.data.Dataset, valid: np.ndarray, number: int
+    model: keras.Model,
+    batches: tf.data.Dataset,
+    valid: np.ndarray,
+    number: int,
+    curve: LossCurve,
 ) -> dict[str, float]:
     """Train for an epoch; return its number, the losses and the seconds it took.
 
@@ -582,6 +620,7 @@ def train_epoch(
         validation_data=(valid, valid),
         validation_batch_size=500,
         shuffle=False,  # the batches have an order
+        callbacks=[curve],
         verbose=0,
     ).history
     losses = {name: float(values[0]) for name, values in history.items()}
@@ -591,7 +630,9 @@ def train_epoch(
                 f"{name}: found {value} in epoch {number}, expected a finite number "
                 "(is --learning-rate too large?)"
             )
-    return {"epoch": number, **losses, "seconds": time.perf_counter() - started}
+    steps = number * len(batches)
+    seconds = time.perf_counter() - started
+    return {"epoch": number, "step": steps, **losses, "seconds": seconds}
 
 
 def print_epoch(

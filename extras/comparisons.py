@@ -3,14 +3,12 @@
     python -m extras.comparisons q1                    # question 1: all rows
     python -m extras.comparisons q2 --rows vae,short   # these rows of question 2
     python -m extras.comparisons q2 --workers 2        # two rows at a time
-    python -m extras.comparisons q2 --cluster tcp://host:8786   # on a Dask cluster
 
 Settings of the question's script, such as --quick or --data, hold for every row. A row
 is trained by a process of its own, in a folder of its own, and an interrupted row is
 continued. `figures/q1_comparisons_metrics.json` and its sibling for question 2 hold all
 rows that were ever trained, each with what made it. A command replaces only rows that
-it was asked for, and only those that other code, data or settings made. The workers of
-a cluster need the same folders.
+it was asked for, and only those that other code, data or settings made.
 """
 
 from __future__ import annotations
@@ -52,7 +50,7 @@ from make_data import ensure_data
 from read_MNIST_M import find_file, load_digits, load_mnist_m
 
 SHORTER = 3  # times fewer epochs, in the short rows
-SIZES = ("code-16", "code-32", "code-64", "default", "code-256")
+SIZES = ("code-16", "code-64", "default", "code-256")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +135,6 @@ class HalfWeight(VariationalAutoencoder):
 
 Q1_ROWS = {
     "code-16": Row("ours", {"code_dim": 16}),
-    "code-32": Row("ours", {"code_dim": 32}),
     "code-64": Row("ours", {"code_dim": 64}),
     "code-256": Row("ours", {"code_dim": 256}),
     "seed-1": Row("ours, seed 1", {"seed": 1}),
@@ -150,15 +147,12 @@ VAE = {"learning_rate": 1e-3, "code_dim": q2.INFORMATIVE}
 # One thing is changed at a time; what has to change with it is named.
 CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "short": ("the default, shorter", {}),
-    "slow-d": ("with (b) at half its rate", {"rate_b": q2.DEFAULT.rate_b / 2}),
-    "fast-d": ("with (b) at twice its rate", {"rate_b": q2.DEFAULT.rate_b * 2}),
     "without-c": ("without stage (c)", {"rate_c": 0.0}),
     "all-informative": ("with all 100 coordinates computed", {"informative": None}),
     "no-skips": ("without skips", {"decoder_skips": False}),
     "no-decay": ("without weight decay", {"weight_decay": 0.0}),
     "momentum": ("with momentum 0.9", {"beta_1": 0.9}),
     "epsilon": ("with Adam's own epsilon in (c)", {"epsilon_c": 1e-7}),
-    "shallow": ("with two hidden layers", {"hidden": (400, 400)}),
 }
 Q2_ROWS = {
     "seed-1": Row("the default, seed 1", {"seed": 1}),
@@ -320,8 +314,8 @@ def current_commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def run_here(commands: Sequence[Sequence[str]], workers: int) -> None:
-    """Run commands on this machine, some at a time.
+def run_commands(commands: Sequence[Sequence[str]], workers: int) -> None:
+    """Run commands, some at a time.
 
     Raises:
         UsageError: one of them failed.
@@ -344,25 +338,6 @@ def run_here(commands: Sequence[Sequence[str]], workers: int) -> None:
         for process in running:
             process.terminate()
             process.wait()
-
-
-def run_on_cluster(commands: Sequence[Sequence[str]], address: str) -> None:
-    """Run commands on a Dask cluster.
-
-    Raises:
-        UsageError: the package `distributed` is missing, there is no cluster at the
-            address, or a command failed.
-    """
-    try:
-        from distributed import Client
-    except ImportError:
-        found = "found no package distributed"
-        raise utils.UsageError(f"--cluster: {found} (pip install it)") from None
-    try:
-        with Client(address) as client:
-            client.gather(client.map(subprocess.check_call, commands, pure=False))
-    except (OSError, ValueError, TypeError, subprocess.CalledProcessError) as error:
-        raise utils.UsageError(f"--cluster {address}: {error}") from error
 
 
 # Tables ------------------------------------------------------------------------------
@@ -445,7 +420,6 @@ def main() -> None:
     parser.add_argument("--rows", metavar="ROW,ROW", help="default: all of them")
     count = utils.number_in(int, 1, 1_000)
     parser.add_argument("--workers", type=count, default=1, metavar="N")
-    parser.add_argument("--cluster", metavar="ADDRESS", help="of a Dask scheduler")
     # Given by this script to the processes that it starts.
     parser.add_argument("--train", metavar="ROW", help=argparse.SUPPRESS)
     asked, others = parser.parse_known_args()
@@ -460,10 +434,7 @@ def main() -> None:
     plots.check()
     commands = commands_for(question, base, names, others)
     try:
-        if asked.cluster is None:
-            run_here(commands, asked.workers)
-        else:
-            run_on_cluster(commands, asked.cluster)
+        run_commands(commands, asked.workers)
     finally:
         rows = add_to_record(question, base, names)
     print(f"{len(rows)} rows are in {record_path(question, base)}.")

@@ -128,16 +128,16 @@ def test_a_row_of_question_2_is_trained_on_few_images_as_the_script_does(
         return images
 
     for module, name, value in (
-        *((q2, "SAMPLES", 300), (metrics, "NULL_DRAWS", 1)),
+        *((q2, "SAMPLES", 300), (metrics, "NULL_SETS", 1)),
         *((metrics, "FRESH_EPOCHS", 1), (q2, "augment", augment)),
         *((q2, "EPOCHS", 1), (q2, "LEAST_STEPS", 24)),  # four steps an epoch
     ):
         monkeypatch.setattr(module, name, value)
-    metrics._prior_draws.cache_clear()
+    metrics._true_draws.cache_clear()
     data = tiny_data / "data.npy"
     given = arguments("q2", tmp_path, data, "vae,shallow", "--batch-size", "105")
     assert train(*given) == ["vae", "shallow"]
-    metrics._prior_draws.cache_clear()
+    metrics._true_draws.cache_clear()
     rows = rows_of("q2", tmp_path)
     vae, shallow = rows["vae"], rows["shallow"]
     assert (vae["epochs"], vae["long"], vae["code_dim"]) == (6, True, 10)

@@ -196,10 +196,10 @@ def small_q2(monkeypatch):
     monkeypatch.setattr(q2, "SAMPLES", 500)
     monkeypatch.setattr(metrics, "TSNE", tsne)
     monkeypatch.setattr(metrics, "FRESH_EPOCHS", 1)
-    monkeypatch.setattr(metrics, "NULL_DRAWS", 2)
-    metrics._prior_draws.cache_clear()
+    monkeypatch.setattr(metrics, "NULL_SETS", 2)
+    metrics._true_draws.cache_clear()
     yield q2.main
-    metrics._prior_draws.cache_clear()
+    metrics._true_draws.cache_clear()
 
 
 def test_q2_interrupted_ends_the_same(

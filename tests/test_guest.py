@@ -54,7 +54,7 @@ FEW_MEASUREMENTS = f"""
 import functools, sys
 sys.path.insert(0, {str(HOME)!r})
 import utils, metrics
-metrics.NULL_DRAWS, metrics.FRESH_EPOCHS = 2, 1
+metrics.NULL_SETS, metrics.FRESH_EPOCHS = 2, 1
 metrics.TSNE = functools.partial(metrics.TSNE, n_iter=50, early_exaggeration_iter=50)
 """
 

@@ -18,10 +18,10 @@ RNG = np.random.default_rng(0)
 @pytest.fixture
 def few_draws(monkeypatch):
     """Draw fewer sets of true draws, and forget them afterwards."""
-    monkeypatch.setattr(metrics, "NULL_DRAWS", 2)
-    metrics._prior_draws.cache_clear()
+    monkeypatch.setattr(metrics, "NULL_SETS", 2)
+    metrics._true_draws.cache_clear()
     yield
-    metrics._prior_draws.cache_clear()
+    metrics._true_draws.cache_clear()
 
 
 def test_mean_image_mse_is_the_variance_about_it():

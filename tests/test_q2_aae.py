@@ -194,7 +194,7 @@ def test_control_and_small_codes_have_no_noise(code_dim, informative, expected):
     assert model(IMAGES[:9]).shape == (9, 784)
 
 
-def test_prior_draws_are_standard_normal_and_not_the_encoders_noise():
+def test_true_draws_are_standard_normal_and_not_the_encoders_noise():
     draws = build().sample_prior(20_000).numpy()
     assert draws.shape == (20_000, 8)
     assert np.abs(draws.mean(axis=0)).max() < 0.04

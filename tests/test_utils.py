@@ -285,16 +285,16 @@ def fit(run, **options):
             train=images,
             valid=images[:4],
             shown={"loss": "loss", "val_loss": "validation loss"},
-            draw=lambda history: None,
+            draw=lambda history, curve: None,
         )
 
 
 def interrupt_after(run, epoch, monkeypatch):
     save = run.save_checkpoint
 
-    def save_and_stop(state, history):
-        save(state, history)
-        if len(history) == epoch:
+    def save_and_stop(state, epochs, parts):
+        save(state, epochs, parts)
+        if len(epochs) == epoch:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(run, "save_checkpoint", save_and_stop)
@@ -318,14 +318,21 @@ def test_a_resumed_run_goes_on_with_its_own_history_to_the_same_end(
     resumed = fit(run_a("--resume"))
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("epoch 3 of 3, 0 s left: loss 0.") for line in lines)
-    assert list(resumed) == ["epoch", "loss", "val_loss", "seconds"]
-    for key in ("epoch", "loss", "val_loss"):
+    assert list(resumed) == ["epoch", "step", "loss", "val_loss", "seconds"]
+    for key in ("epoch", "step", "loss", "val_loss"):
         np.testing.assert_array_equal(resumed[key], whole[key], key)
-    written = np.genfromtxt(
-        tmp_path / "figures" / "q1_history.csv", delimiter=",", names=True
-    )
-    assert written.dtype.names == tuple(resumed)
-    np.testing.assert_allclose(written["loss"], whole["loss"], rtol=1e-8)
+    history, parts = [
+        np.genfromtxt(tmp_path / "figures" / name, delimiter=",", names=True)
+        for name in ("q1_history.csv", "q1_steps.csv")
+    ]
+    assert history.dtype.names == tuple(resumed)
+    np.testing.assert_allclose(history["loss"], whole["loss"], rtol=1e-8)
+    # The parts of an epoch, here a step each, have the epoch's mean.
+    steps = int(whole["step"][0])
+    np.testing.assert_array_equal(parts["step"], np.arange(1, 3 * steps + 1))
+    means = parts["loss"].reshape(3, steps).mean(axis=1)
+    np.testing.assert_allclose(means, whole["loss"], rtol=1e-5)
+    assert np.ptp(parts["loss"]) > 1e-4
     networks = [
         json.loads((folder / "networks.json").read_text())
         for folder in (tmp_path / "whole" / "run", tmp_path / "a", tmp_path / "b")
@@ -407,9 +414,9 @@ def test_full_disk_is_told_and_what_was_there_stays(tmp_path, refused):
     run, large = run_folder(tmp_path), small_model(width=100, name="large")
     rows, history = [{"epoch": 1}], {"epoch": np.ones(999), "seconds": np.ones(999)}
     writes = {
-        "checkpoint.npz": lambda: run.save_checkpoint(large.variables, rows),
+        "checkpoint.npz": lambda: run.save_checkpoint(large.variables, rows, rows),
         "large.keras": lambda: run.save_networks([large]),
-        "q1_history.csv": lambda: run.write_history(history),
+        "q1_history.csv": lambda: run.write_losses("history", history),
         "q1_metrics.json": lambda: run.write_metrics({"list": [0] * 999}, history),
     }
     for write in writes.values():
@@ -443,9 +450,7 @@ def archive_of(*arrays, **named):
         ("checkpoint.npz", lambda whole: archive_of(np.zeros(3))),
         (
             "checkpoint.npz",
-            lambda whole: archive_of(
-                *[np.array(_Touch())] * 9, columns=np.array(_Touch()), history=_Touch()
-            ),
+            lambda whole: archive_of(*[np.array(_Touch())] * 9, losses=_Touch()),
         ),
     ],
 )
@@ -455,7 +460,8 @@ def test_damaged_file_of_a_run_is_refused(
     monkeypatch.chdir(tmp_path)
     run, model = run_folder(tmp_path), small_model()
     with run.in_use():
-        run.save_checkpoint(model.variables + model.optimizer.variables, [{"epoch": 1}])
+        state, rows = model.variables + model.optimizer.variables, [{"epoch": 1}]
+        run.save_checkpoint(state, rows, rows)
     path = tmp_path / "run" / name
     path.write_bytes(damaged(path.read_bytes()))
     before = contents(tmp_path)
