@@ -25,7 +25,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from utils import OneLineParser, run_script
+from utils import OneLineParser, number_in, run_script
 
 import keras
 import numpy as np
@@ -362,14 +362,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = "where to write (default: here)"
     parser.add_argument("--out", metavar="DIR", default=".", help=text)
     text = "of the crops, or of the choice of 2,000 images (default: 0)"
-    parser.add_argument("--seed", type=int, metavar="N", default=0, help=text)
+    seed = number_in(int, 0, 2**32 - 1)
+    parser.add_argument("--seed", type=seed, metavar="N", default=0, help=text)
     text = "photographs that are behind test images alone (default: 0)"
-    parser.add_argument("--hold-out", type=int, metavar="N", default=0, help=text)
+    count = number_in(int, 0, 10**6)
+    parser.add_argument("--hold-out", type=count, metavar="N", default=0, help=text)
     options = parser.parse_args(arguments)
-    if not 0 <= options.seed < 2**32:
-        parser.error(f"--seed: found {options.seed}, expected 0..{2**32 - 1}")
-    if options.hold_out < 0:
-        parser.error(f"--hold-out: found {options.hold_out}, expected 0 or more")
+    if options.course and options.hold_out:
+        parser.error("--hold-out: not allowed with --course, which has no photographs")
     if options.course:
         build_course(options.out, options.seed)
     else:

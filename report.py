@@ -117,7 +117,6 @@ MEASURES = {
     "5-NN, PCA": ("knn_accuracy.pca", ".1%"),
 }
 COMPARED = list(MEASURES)[:8]
-LOSSES = "test MSE", "test MSE, PCA", "L_recons, mean over images", "L_D", "L_Enc"
 
 
 def measured(run: Metrics, name: str) -> float | None:
@@ -273,11 +272,12 @@ def styles(metrics: Metrics) -> str:
 
 # By metrics file: the blocks that it fills. Comparisons come last, for they show runs.
 BLOCKS: dict[str, dict[str, Callable[[Metrics], str]]] = {
-    "q1_metrics.json": {"q1": q1, "q1.versions": versions},
+    "q1_metrics.json": {
+        "q1": q1,
+    },
     "unseen/q1_metrics.json": {"q1.unseen": q1},
     "q2_metrics.json": {
         "q2": provenance,
-        "q2.losses": lambda metrics: q2_run(metrics, LOSSES),
         "q2.match": q2_match,
         "q2.samples": q2_samples,
         "q2.neighbours": q2_neighbours,
@@ -294,7 +294,7 @@ BLOCKS: dict[str, dict[str, Callable[[Metrics], str]]] = {
     },
 }
 # The homework's blocks; the others may be missing.
-NEEDED = "q1", "q2", "q2.losses", "q2.match", "q2.samples", "q2.neighbours"
+NEEDED = "q1", "q2", "q2.match", "q2.samples", "q2.neighbours"
 # What tells a row of today's layout from an older one.
 ROW_KEYS = {"q1": {"validation_mse"}, "q2": {"informative_match", "prior_match"}}
 
