@@ -115,6 +115,8 @@ MEASURES = {
     "trustworthiness": ("trustworthiness.code", ".4f"),
     "test MSE, PCA": ("pca_test_mse", ".5f"),
     "5-NN, PCA": ("knn_accuracy.pca", ".1%"),
+    "the digit asked for": ("obedience", ".1%"),
+    "fresh D that sees the digit": ("fresh_discriminator", ".1%"),
 }
 COMPARED = list(MEASURES)[:8]
 
@@ -132,12 +134,6 @@ def measured(run: Metrics, name: str) -> float | None:
 def cell(name: str, value: float | None) -> str:
     """Return a number as tables show it, nothing for None."""
     return "" if value is None else format(value, MEASURES[name][1])
-
-
-def q2_run(metrics: Metrics, names: Sequence[str] = tuple(MEASURES)) -> str:
-    """Return numbers of one run."""
-    rows = [(name, cell(name, measured(metrics, name))) for name in names]
-    return markdown_table(("measure", "this run"), rows)
 
 
 def q2_match(metrics: Metrics) -> str:
@@ -213,9 +209,12 @@ def q2_neighbours(metrics: Metrics) -> str:
     return f"{markdown_table(header, rows)}\n\n{text}"
 
 
-def q2_full(metrics: Metrics) -> str:
-    """Return all about a run, in one column."""
-    return "\n\n".join([q2_run(metrics), q2_match(metrics), provenance(metrics)])
+def q2_run(metrics: Metrics) -> str:
+    """Return all numbers of one run, and where they come from."""
+    values = {name: measured(metrics, name) for name in MEASURES}
+    rows = [(name, cell(name, x)) for name, x in values.items() if x is not None]
+    table = markdown_table(("measure", "this run"), rows)
+    return f"{table}\n\n{provenance(metrics)}"
 
 
 def q2_seeds(metrics: Metrics) -> str:
@@ -246,35 +245,16 @@ def q2_rows(metrics: Metrics, long: bool) -> str:
 
 
 def styles(metrics: Metrics) -> str:
-    """Return what the run of one style in ten digits measured."""
-    quality = metrics["sample_quality"]["samples"]
-    rows = [
-        ("test MSE", f"{metrics['test_mse']:.5f}"),
-        ("Fréchet distance of samples", f"{metrics['frechet_distance']:.2f}"),
-        ("clear digits", f"{quality['clear']:.1%}"),
-        ("samples that are the digit asked for", f"{metrics['obedience']:.1%}"),
-        ("5-NN on the code (chance: 10%)", f"{metrics['knn_accuracy']['code']:.1%}"),
-        (
-            "logistic regression on the code (chance: 10%)",
-            f"{metrics['logistic_accuracy']['code']:.1%}",
-        ),
-        (
-            "fresh discriminator that sees the digit",
-            f"{metrics['fresh_discriminator']:.1%}",
-        ),
-    ]
-    table = markdown_table(("measure", "this run"), rows)
+    """Return the figure and the numbers of a run of one style in ten digits."""
     figure = "![Ten styles, and those of five test images](../figures/styles.png)"
-    return "\n\n".join([figure, table, provenance(metrics)])
+    return f"{figure}\n\n{q2_run(metrics)}"
 
 
 # Reports -----------------------------------------------------------------------------
 
 # By metrics file: the blocks that it fills. Comparisons come last, for they show runs.
 BLOCKS: dict[str, dict[str, Callable[[Metrics], str]]] = {
-    "q1_metrics.json": {
-        "q1": q1,
-    },
+    "q1_metrics.json": {"q1": q1},
     "unseen/q1_metrics.json": {"q1.unseen": q1},
     "q2_metrics.json": {
         "q2": provenance,
@@ -283,9 +263,11 @@ BLOCKS: dict[str, dict[str, Callable[[Metrics], str]]] = {
         "q2.neighbours": q2_neighbours,
         "q2.versions": versions,
     },
-    "q2_control_metrics.json": {"q2.control": q2_full},
-    "course/q2_metrics.json": {"q2.course": q2_full},
+    "q2_control_metrics.json": {"q2.control": q2_run},
+    "course/q2_metrics.json": {"q2.course": q2_run},
     "styles_metrics.json": {"styles": styles},
+    "styles-1/styles_metrics.json": {"styles.1": q2_run},
+    "styles-2/styles_metrics.json": {"styles.2": q2_run},
     "q1_comparisons_metrics.json": {"q1.comparisons": q1_rows},
     "q2_comparisons_metrics.json": {
         "q2.seeds": q2_seeds,
