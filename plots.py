@@ -281,14 +281,9 @@ def q2_prior_match(
 ) -> None:
     """Draw the aggregate posterior, codes (N, D), against the prior.
 
-    Args:
-        path: of the figure.
-        codes: of test images.
-        informative: how many coordinates, the first ones, the encoder computes.
-        noise: of each coordinate the standard deviation of what the encoder adds to an
-            image's mean, (D,).
-        spectra: eigenvalues of covariances of the informative coordinates, the largest
-            first; the codes' own come first.
+    The encoder computes the first `informative` coordinates; `noise` is the standard
+    deviation of each one's noise, (D,). The spectra are eigenvalues of covariances of
+    the informative coordinates, the largest first; the codes' own come first.
     """
     own, codes = next(iter(spectra.values())), codes.astype(np.float64)
     with _figure(path, 1, 3, (10, 3.4)) as (figure, (coordinates, spectrum, lengths)):

@@ -501,9 +501,7 @@ class RunFolder:
 class LossCurve(keras.callbacks.Callback):
     """Keeps the means of the training losses over each tenth of an epoch.
 
-    Args:
-        epoch: the number of the epoch, from 1.
-        steps: how many there are in an epoch.
+    `epoch` is the number of the epoch, from 1, and `steps` that of its steps.
     """
 
     def __init__(self, epoch: int, steps: int) -> None:
@@ -538,23 +536,19 @@ def fit(
 ) -> Losses:
     """Train a model, or continue its training, with a checkpoint after each epoch.
 
-    Networks and losses are saved in any case, also if training is interrupted.
-
     Args:
-        run: where checkpoints, networks and losses go.
+        run: where checkpoints, networks and losses go, also after an interruption.
         model: compiled, with built optimizers.
         optimizers: all that train the model; a checkpoint holds their states.
         networks: parts of the model that are saved at the end.
         train: training images, float32 (N, ...) in [0, 1].
         valid: validation images, float32 (M, ...) in [0, 1].
         shown: the losses that the screen shows, and how it calls them.
-        draw: called at the end with the history, and with the training losses in
-            tenths of epochs.
+        draw: called at the end with the history and the losses in tenths of epochs.
         change: changes each training batch at random.
 
     Returns:
-        The history, a value an epoch: "epoch", "step" (the last one), what the model
-        reports, and "seconds".
+        The history: "epoch", "step" (its last), what the model reports, and "seconds".
 
     Raises:
         UsageError: a loss is no longer finite, or the checkpoint is damaged.
