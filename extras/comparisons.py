@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import hashlib
 import inspect
 import json
@@ -184,18 +183,6 @@ def row_settings(base: utils.Settings, question: str, name: str) -> utils.Settin
     )
 
 
-@functools.cache
-def data_digest(path: Path, modified: int) -> str:
-    """Return the SHA-256 of a data file, which was last `modified` at a time."""
-    return describe_source(path)["sha256"]
-
-
-@functools.cache
-def question_code(question: str) -> str:
-    """Return a digest of the code that trains and measures a question's runs."""
-    return training_code(SCRIPTS[question].__file__)
-
-
 def what_makes(settings: utils.Settings, question: str) -> dict[str, Any]:
     """Return all that a row's numbers follow from but versions and machine."""
     row = ROWS[question][settings.name]
@@ -207,8 +194,8 @@ def what_makes(settings: utils.Settings, question: str) -> dict[str, Any]:
         "code_dim": settings.code_dim,
         "seed": settings.seed,
         "quick": settings.quick,
-        "data": data_digest(settings.data, settings.data.stat().st_mtime_ns),
-        "code": question_code(question),
+        "data": describe_source(settings.data)["sha256"],
+        "code": training_code(SCRIPTS[question].__file__),
     }
     if question == "q1":
         made_by["activation"] = row.activation
