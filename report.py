@@ -20,6 +20,7 @@ from typing import Any
 
 from files import read_json, replacing
 
+STALE = "†"  # marks a row of other code or data than the script's own run
 Metrics = Mapping[str, Any]
 
 
@@ -124,6 +125,7 @@ MEASURES = {
     "fresh D that sees the digit": ("fresh_discriminator", ".1%"),
 }
 COMPARED = list(MEASURES)[:8]
+OF_SEEDS = list(MEASURES)[:13]
 SUMMARISED = "fresh D", "clear digits", "5-NN"
 
 
@@ -238,14 +240,14 @@ def q2_seeds(metrics: Metrics) -> str:
     names = "default", "seed-1", "seed-2"
     runs = [metrics["rows"][name] for name in names if name in metrics["rows"]]
     rows = []
-    for name in MEASURES:
+    for name in OF_SEEDS:
         values = [measured(run, name) for run in runs]
         if values and None not in values:
             summary = sum(values) / len(values), min(values), max(values)
             *shown, least, most = [cell(name, value) for value in (*values, *summary)]
             rows.append((name, *shown, f"{least} .. {most}"))
-    header = ["measure", *(f"seed {run['seed']}" for run in runs), "mean", "range"]
-    return markdown_table(header, rows)
+    seeds = [f"seed {run['seed']}{STALE * run['is_stale']}" for run in runs]
+    return markdown_table(["measure", *seeds, "mean", "range"], rows)
 
 
 def q2_rows(metrics: Metrics, long: bool) -> str:
@@ -316,8 +318,9 @@ def with_own_runs(question: str, comparisons: Metrics, runs: Metrics) -> Metrics
             rows[name] = runs[file] | shown | source
     rows |= {k: v for k, v in comparisons["rows"].items() if k not in files}
     for name, row in rows.items():
-        if own and (row.get("code"), row.get("data")) != made_by:
-            rows[name] = row | {"title": f"{row.get('title', name)}†"}
+        stale = bool(own) and (row.get("code"), row.get("data")) != made_by
+        title = f"{row.get('title', name)}{STALE * stale}"
+        rows[name] = row | {"title": title, "is_stale": stale}
     return {"rows": rows}
 
 
