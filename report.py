@@ -58,10 +58,10 @@ def psnr_db(mse: float) -> float:
 def q1_summary(metrics: Metrics) -> str:
     """Return question 1's result in a sentence."""
     ratio = metrics["test_mse"] / metrics["pca_test_mse"]
+    size = metrics["code_dim"]
     return (
-        f"With a code of {metrics['code_dim']} numbers its error on test images is "
-        f"{ratio:.2f} times that of principal component analysis (PCA) with as many "
-        "components, the best linear autoencoder."
+        f"Its test error is {ratio:.2f} times that of principal component analysis "
+        f"(PCA) with as many components as its code has numbers, {size}."
     )
 
 
@@ -147,14 +147,17 @@ def cell(name: str, value: float | None) -> str:
 def q2_summary(metrics: Metrics) -> str:
     """Return question 2's results in a sentence each."""
     fresh, clear, known = [measured(metrics, name) for name in SUMMARISED]
-    text = f"A fresh discriminator tells codes from draws in {fresh:.1%} of cases."
+    text = (
+        f"A newly trained discriminator tells codes from draws in {fresh:.1%} of cases"
+    )
     if known is None:
-        return text
-    pixels = metrics["knn_accuracy"]["pixels"]
+        return f"{text}."
+    accuracy = metrics["knn_accuracy"]
     return (
-        f"{text} Of draws from the prior, {clear:.1%} decode to clear digits. A code's "
-        f"five nearest neighbours name the digit in {known:.1%} of cases, those in "
-        f"pixels in {pixels:.1%}."
+        f"{text} (chance: 50%), and a classifier is confident of {clear:.1%} of the "
+        f"samples. Five nearest neighbours name the digit in {known:.1%} of cases; of "
+        f"as many principal components in {accuracy['pca']:.1%}, of the pixels in "
+        f"{accuracy['pixels']:.1%}."
     )
 
 
@@ -194,13 +197,11 @@ def q2_samples(metrics: Metrics) -> str:
     for name, found in quality.items():
         # The test images are at distance 0 from themselves.
         distance = f"{found.get('frechet_distance', 0):.2f}"
-        keys = "precision", "recall", "clear"
-        shares = [f"{found[key]:.1%}" if key in found else "" for key in keys]
         digits = " ".join(f"{100 * share:.0f}" for share in found["digits"])
-        rows.append((name.replace("_", " "), distance, *shares, digits))
-    header = "images", "Fréchet", "precision", "recall", "clear digits"
-    table = markdown_table((*header, "% of each digit, 0 to 9"), rows)
+        rows.append((name.replace("_", " "), distance, f"{found['clear']:.1%}", digits))
+    header = "images", "Fréchet", "clear digits", "% of each digit, 0 to 9"
     right = f"{quality['test_images']['accuracy']:.1%}"
+    table = markdown_table(header, rows)
     return f"{table}\n\nThe classifier is right on {right} of the test images."
 
 
