@@ -5,7 +5,6 @@ import json
 import shutil
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import utils
@@ -17,7 +16,6 @@ import pytest
 import tensorflow as tf
 from conftest import save_pairs, tiny_digits
 
-import metrics
 import plots
 import q2_aae as q2
 from extras import comparisons
@@ -87,14 +85,14 @@ def train(monkeypatch):
     def run(*words):
         trained = []
 
-        def run_here(commands, workers):
+        def run_commands(commands, workers):
             for command in commands:
                 assert command[:3] == [sys.executable, "-m", "extras.comparisons"]
                 trained.append(command[command.index("--train") + 1])
                 monkeypatch.setattr(sys, "argv", command[2:])
                 comparisons.main()
 
-        monkeypatch.setattr(comparisons, "run_here", run_here)
+        monkeypatch.setattr(comparisons, "run_commands", run_commands)
         monkeypatch.setattr(sys, "argv", ["comparisons.py", *words])
         utils.run_script(comparisons.main)
         return trained
@@ -119,7 +117,7 @@ def rows_of(question, folder):
 
 
 def test_a_row_of_question_2_is_trained_on_few_images_as_the_script_does(
-    tiny_data, tmp_path, monkeypatch, train
+    tiny_data, tmp_path, monkeypatch, train, few_measurements
 ):
     augmented = []
 
@@ -127,25 +125,20 @@ def test_a_row_of_question_2_is_trained_on_few_images_as_the_script_does(
         augmented.append(len(images))
         return images
 
-    for module, name, value in (
-        *((q2, "SAMPLES", 300), (metrics, "NULL_SETS", 1)),
-        *((metrics, "FRESH_EPOCHS", 1), (q2, "augment", augment)),
-        *((q2, "EPOCHS", 1), (q2, "LEAST_STEPS", 24)),  # four steps an epoch
-    ):
-        monkeypatch.setattr(module, name, value)
-    metrics._true_draws.cache_clear()
+    monkeypatch.setattr(q2, "augment", augment)
+    monkeypatch.setattr(q2, "EPOCHS", 1)
+    monkeypatch.setattr(q2, "LEAST_STEPS", 24)  # four steps an epoch
     data = tiny_data / "data.npy"
-    given = arguments("q2", tmp_path, data, "vae,shallow", "--batch-size", "105")
-    assert train(*given) == ["vae", "shallow"]
-    metrics._true_draws.cache_clear()
+    given = arguments("q2", tmp_path, data, "vae,no-skips", "--batch-size", "105")
+    assert train(*given) == ["vae", "no-skips"]
     rows = rows_of("q2", tmp_path)
-    vae, shallow = rows["vae"], rows["shallow"]
+    vae, short = rows["vae"], rows["no-skips"]
     assert (vae["epochs"], vae["long"], vae["code_dim"]) == (6, True, 10)
-    assert (shallow["epochs"], shallow["long"]) == (2, False)
+    assert (short["epochs"], short["long"]) == (2, False)
     assert vae["loss_discriminator"] is None
-    assert shallow["loss_discriminator"] > 0
-    assert augmented.count(105) == 4 * (vae["epochs"] + shallow["epochs"])
-    assert shallow["made_by"]["recipe"]["hidden"] == [400, 400]
+    assert short["loss_discriminator"] > 0
+    assert augmented.count(105) == 4 * (vae["epochs"] + short["epochs"])
+    assert short["made_by"]["recipe"]["decoder_skips"] is False
     for row in rows.values():
         assert row["informative_dimensions"] == 10
         assert 0 < row["test_mse"] < 0.5
@@ -242,7 +235,7 @@ while not pathlib.Path({str(ready)!r}).exists():
 exit(3)"""
     commands = [[sys.executable, "-c", code] for code in (waits, fails, "1 / 0")]
     with pytest.raises(utils.UsageError, match=r"exit\(3\): failed"):
-        comparisons.run_here(commands, workers=2)
+        comparisons.run_commands(commands, workers=2)
     assert told.exists()
 
 
@@ -295,7 +288,7 @@ def test_a_row_is_made_by_the_code_of_its_model_and_of_its_bases(tmp_path, monke
         settings = comparisons.row_settings(base, "q2", name)
         return comparisons.what_makes(settings, "q2")
 
-    names, source = ("vae", "vae-half", "shallow"), inspect.getsource
+    names, source = ("vae", "vae-half", "no-skips"), inspect.getsource
     before = [made_by(name) for name in names]
     changed = comparisons.VariationalAutoencoder
     monkeypatch.setattr(
@@ -303,22 +296,3 @@ def test_a_row_is_made_by_the_code_of_its_model_and_of_its_bases(tmp_path, monke
     )
     same = [made_by(name) == old for name, old in zip(names, before, strict=True)]
     assert same == [False, False, True]
-
-
-def _unreachable(address):
-    raise OSError(f"Timed out trying\nto connect to {address}")
-
-
-@pytest.mark.parametrize(
-    ("package", "told"),
-    [
-        (None, "distributed"),
-        (types.SimpleNamespace(Client=_unreachable), "--cluster foo: Timed out"),
-    ],
-)
-def test_cluster_that_is_not_there_is_one_line(
-    package, told, tiny_data, tmp_path, monkeypatch, refused
-):
-    monkeypatch.setitem(sys.modules, "distributed", package)
-    given = arguments("q1", tmp_path, tiny_data / "MNIST_M.npy", "relu")
-    assert told in refused(comparisons.main, *given, "--cluster", "foo")

@@ -1,7 +1,6 @@
 """Both scripts from the command line to their outputs, on a tiny data set."""
 
 import csv
-import functools
 import json
 import os
 import shlex
@@ -18,7 +17,6 @@ import numpy as np
 import pytest
 from conftest import save_pairs
 
-import metrics
 import q1_cnn_autoencoder as q1
 import q2_aae as q2
 
@@ -89,8 +87,8 @@ def read_until(process, words):
     pytest.fail(f"it ended before {words!r}: {process.stderr.read()}")
 
 
-def read_history(question, folder):
-    path = folder / "figures" / f"{question}_history.csv"
+def read_losses(question, name, folder):
+    path = folder / "figures" / f"{question}_{name}.csv"
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
@@ -112,8 +110,13 @@ def check_outputs(question, folder):
     common = {"data", "seed", "versions", "settings", "training_seconds", "code"}
     assert KEYS[question] | common <= found.keys()
     assert (found["settings"]["epochs"], found["settings"]["batch_size"]) == (3, 42)
-    rows = read_history(question, folder)
-    assert [float(row["epoch"]) for row in rows] == [1, 2, 3]
+    history = read_losses(question, "history", folder)
+    assert [float(row["epoch"]) for row in history] == [1, 2, 3]
+    assert [float(row["step"]) for row in history] == [10, 20, 30]
+    parts = read_losses(question, "steps", folder)
+    assert [float(row["step"]) for row in parts] == list(range(1, 31))
+    assert {name for name in history[0] if f"val_{name}" in history[0]} < set(parts[0])
+    rows = history + parts
     assert all(np.isfinite(float(value)) for row in rows for value in row.values())
 
 
@@ -123,10 +126,12 @@ def check_same(question, whole, broken):
     for found in (first, second):
         del found["training_seconds"], found["data"]["file"]
     assert first == second
-    histories = [read_history(question, folder) for folder in (whole, broken)]
+    histories = [read_losses(question, "history", each) for each in (whole, broken)]
     for row in sum(histories, []):
         del row["seconds"]
     assert histories[0] == histories[1]
+    parts = [read_losses(question, "steps", each) for each in (whole, broken)]
+    assert parts[0] == parts[1]
     for path in (whole / "figures").glob("*.png"):
         assert path.read_bytes() == (broken / "figures" / path.name).read_bytes(), path
 
@@ -188,18 +193,11 @@ def test_q1_interrupted_killed_or_in_an_odd_environment_ends_the_same(
 
 
 @pytest.fixture
-def small_q2(monkeypatch):
+def small_q2(monkeypatch, few_measurements):
     """Question 2's `main`, with small networks and few measurements."""
     small = q2.DEFAULT._replace(hidden=(48,), discriminator_hidden=(48,))
-    tsne = functools.partial(metrics.TSNE, early_exaggeration_iter=50, n_iter=50)
     monkeypatch.setattr(q2, "DEFAULT", small)
-    monkeypatch.setattr(q2, "SAMPLES", 500)
-    monkeypatch.setattr(metrics, "TSNE", tsne)
-    monkeypatch.setattr(metrics, "FRESH_EPOCHS", 1)
-    monkeypatch.setattr(metrics, "NULL_SETS", 2)
-    metrics._true_draws.cache_clear()
-    yield q2.main
-    metrics._true_draws.cache_clear()
+    return q2.main
 
 
 def test_q2_interrupted_ends_the_same(
@@ -232,8 +230,8 @@ def test_q2_interrupted_ends_the_same(
     save = utils.RunFolder.save_checkpoint
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as ended:
 
-        def save_and_end(self, state, history):
-            save(self, state, history)
+        def save_and_end(self, *given):
+            save(self, *given)
             signal.raise_signal(signal.SIGTERM)
 
         patched.setattr(utils.RunFolder, "save_checkpoint", save_and_end)
@@ -241,7 +239,7 @@ def test_q2_interrupted_ends_the_same(
     assert ended.value.code == 130
     assert capsys.readouterr().err.endswith(" --resume\n")
     assert (broken / "figures" / "q2_losses.png").exists()
-    assert len(read_history("q2", broken)) == 1
+    assert len(read_losses("q2", "history", broken)) == 1
     run_here(*options(broken, data, "--resume"))
     check_same("q2", whole, broken)
     digests = [(each / "run" / "networks.json").read_text() for each in (whole, broken)]

@@ -54,7 +54,8 @@ FEW_MEASUREMENTS = f"""
 import functools, sys
 sys.path.insert(0, {str(HOME)!r})
 import utils, metrics
-metrics.NULL_SETS, metrics.FRESH_EPOCHS = 2, 1
+metrics.NULL_SETS, metrics.FRESH_STEPS, metrics.FRESH_EPOCHS = 2, 1, 1
+metrics.FRESH_ON_DRAWS = 1
 metrics.TSNE = functools.partial(metrics.TSNE, n_iter=50, early_exaggeration_iter=50)
 """
 

@@ -15,11 +15,16 @@ import plots
 RNG = np.random.default_rng(0)
 LOSSES = "loss", "reconstruction_loss", "discriminator_loss", "encoder_loss"
 NAMES = [f"{kind}{name}" for kind in ("", "val_") for name in LOSSES]
-HISTORY = {"epoch": np.arange(1, 4)} | {name: 1 / np.arange(1, 4) for name in NAMES}
-FIRST = {name: values[:1] for name, values in HISTORY.items()}
+HISTORY = {name: 1 / np.arange(1, 4) for name in NAMES}
+HISTORY |= {"epoch": np.arange(1, 4), "step": np.arange(460, 1381, 460)}
+CURVE = {name: 1 / np.arange(1, 31) for name in LOSSES}
+CURVE["step"] = 46 * np.arange(1, 31)
+TRAINED = HISTORY, CURVE
+BRIEFLY = tuple({name: x[name][:1] for name in x} for x in TRAINED)
 BALANCE = {"discriminator_loss": 1.39, "encoder_loss": -0.69}
 LABELS = np.arange(40) % 10
 SIZES = [{"code_dim": n, "test_mse": 1 / n, "pca_test_mse": 2 / n} for n in (16, 64)]
+CODES = RNG.normal(size=(40, 5))
 SPECTRA = {1: [0.05], 3: [2.0, 1.0, 0.5]}
 MODELS = {"default": (0.91, 3.0, True), "other": (0.92, 2.0, False)}
 FIGURES = {
@@ -27,16 +32,13 @@ FIGURES = {
         (RNG.random((2, 4, 784)), "title", ("input", "output")),
         (RNG.random((1, 1, 28, 28, 3)), "one image"),
     ],
-    "q1_loss": [(HISTORY, 0.3, 16), (FIRST, 0.3, 1)],
+    "q1_loss": [(*TRAINED, 0.3, 16), (*BRIEFLY, 0.3, 1)],
     "q1_rate_distortion": [(SIZES,), (SIZES[:1],)],
-    "q2_losses": [(x, BALANCE) for x in (HISTORY, FIRST)],
+    "q2_losses": [(*x, BALANCE) for x in (TRAINED, BRIEFLY)],
     "q2_tsne": [(RNG.normal(size=(40, 2)), x) for x in (LABELS, None)],
     "q2_prior_match": [
-        (
-            RNG.normal(size=(40, size)),
-            {"codes": np.array(values), "draws": np.ones(size)},
-        )
-        for size, values in SPECTRA.items()
+        (CODES, size, np.ones(5), {"codes": np.array(own), "draws": np.ones(size)})
+        for size, own in SPECTRA.items()
     ],
     "q2_frontier": [(MODELS, 0.77), (MODELS, None)],
 }

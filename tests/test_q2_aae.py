@@ -10,6 +10,7 @@ from conftest import descend, tiny_digits
 from scipy.stats import kstest, norm
 
 import metrics
+import plots
 import q2_aae as q2
 from read_MNIST_M import Split
 
@@ -285,9 +286,20 @@ def test_classifier_is_trained_once_for_each_data(tmp_path, monkeypatch):
         q2.digit_classifier(tmp_path, given)
 
 
-def test_without_labels_what_takes_them_is_none(monkeypatch):
-    monkeypatch.setattr(q2, "SAMPLES", 50)
-    monkeypatch.setattr(metrics, "FRESH_EPOCHS", 1)
+def test_noise_is_what_differs_from_pass_to_pass(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "q2_prior_match", lambda *given: drawn.extend(given))
+    encoder, test = q2.build_encoder(8, SMALL), Split(IMAGES[:300], None)
+    codes = utils.predict(encoder, test.images)
+    q2.draw_prior_match("x.png", encoder, codes, 3, test)
+    *_, noise, spectra = drawn
+    np.testing.assert_allclose(noise, [0] * 3 + [1] * 5, atol=0.06)
+    own, of_draws = spectra.values()
+    np.testing.assert_allclose(own, metrics.covariance_eigenvalues(codes[:, :3]))
+    np.testing.assert_allclose(of_draws, [1, 1, 1], atol=0.3)
+
+
+def test_without_labels_what_takes_them_is_none(few_measurements):
     train, test = Split(IMAGES[:80], None), Split(IMAGES[80:120], None)
     model = build()
     encoded = q2.encode(model.encoder, model.decoder, train, test, seed=0)
