@@ -15,12 +15,6 @@ from read_MNIST_M import Split
 RNG = np.random.default_rng(0)
 
 
-def test_mean_image_mse_is_the_variance_about_it():
-    train, test = RNG.random((2, 20, 784), np.float32)
-    expected = np.mean((test.astype(float) - train.mean(axis=0)) ** 2)
-    assert metrics.mean_image_mse(train, test) == pytest.approx(expected, rel=1e-5)
-
-
 def test_pca_restores_what_lies_in_its_subspace():
     coefficients, basis = RNG.random((350, 4)), RNG.random((4, 60)) / 4
     images = (coefficients @ basis).reshape(350, 4, 5, 3).astype(np.float32)
@@ -170,15 +164,6 @@ def test_mmd_of_a_single_point_in_closed_form(few_measurements):
     match = metrics.prior_match(np.zeros((2000, 10), np.float32))
     assert expected > 0.1
     assert match["mmd"] == pytest.approx(expected, abs=0.01)
-
-
-def test_covariance_eigenvalues_come_largest_first():
-    codes = RNG.normal(0, [1.0, 3.0, 2.0], (400, 3)) @ RNG.standard_normal((3, 3))
-    difference = codes - codes.mean(axis=0)
-    expected = np.linalg.svd(difference, compute_uv=False) ** 2 / 399
-    np.testing.assert_allclose(metrics.covariance_eigenvalues(codes), expected)
-    one = metrics.covariance_eigenvalues(codes[:, :1])
-    np.testing.assert_allclose(one, codes[:, :1].var(axis=0, ddof=1))
 
 
 def test_great_arc_keeps_to_the_shell():

@@ -12,13 +12,12 @@ from files import describe_source
 from read_MNIST_M import load_mnist_m
 
 
-@pytest.mark.parametrize("code_dim", [3, 128])
-def test_images_pass_through_a_code_of_the_asked_size(code_dim):
-    autoencoder = q1.build_autoencoder(code_dim)
+def test_images_pass_through_a_code_of_the_asked_size():
+    autoencoder = q1.build_autoencoder(17)
     images = np.random.default_rng(0).random((2, 28, 28, 3), np.float32)
     code = autoencoder.get_layer("encoder")(images)
     restored = autoencoder(images).numpy()
-    assert code.shape == (2, code_dim)
+    assert code.shape == (2, 17)
     assert restored.shape == images.shape
     assert restored.dtype == np.float32
     assert 0 <= restored.min() <= restored.max() <= 1

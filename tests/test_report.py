@@ -1,7 +1,6 @@
 """The reports' blocks, from the metrics that runs leave behind."""
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -56,15 +55,7 @@ Q2 = RUN | {
 }
 UNLABELLED = dict.fromkeys(("knn_accuracy", "logistic_accuracy", "knn_bound"))
 UNLABELLED["sample_quality"] = dict.fromkeys(("test_images", "samples"))
-DAMAGED = (
-    "",
-    '{"test_mse": 0.',
-    "[]",
-    "null",
-    '{"test_mse": null}',
-    '{"rows": 3}',
-    "\xe9",
-)
+DAMAGED = '{"test_mse": 0.', "null", '{"test_mse": null}', "\xe9"
 
 
 def rendered(folder, text="", **metrics):
@@ -87,23 +78,18 @@ def block(text, name):
 
 
 def test_blocks_are_rewritten_and_all_else_is_kept(tmp_path):
-    path = tmp_path / "real.md"
-    link = tmp_path / "report.md"
+    path = tmp_path / "report.md"
     path.write_bytes(REPORT.format("old").replace("\n", "\r\n").encode())
-    path.chmod(0o640)
-    link.symlink_to(path)
     data = RUN["data"] | {"file": os.fsdecode(b"donn\xe9es.npy")}
     metrics = json.dumps(Q1 | {"data": data})
     (tmp_path / "q1_metrics.json").write_text(metrics, encoding="utf-8")
-    assert report.update(tmp_path, link)
+    assert report.update(tmp_path, path)
     text = path.read_bytes()
     assert b"old" not in text
     assert b"`donn?es.npy`" in text  # a byte that is no UTF-8
     assert text.startswith(b"before\r\n<!-- begin q1 -->\r\n| autoencoder |")
     assert text.endswith(b"of training.\r\n<!-- end q1 -->\r\nafter \\1\r\n")
     assert text.count(b"\n") == text.count(b"\r\n")
-    assert link.is_symlink()
-    assert path.stat().st_mode & 0o777 == 0o640
 
 
 def test_question_1s_block_has_the_runs_numbers(tmp_path):
@@ -201,22 +187,16 @@ def test_a_block_lives_in_either_report_once(tmp_path, capsys):
 
 def test_a_report_that_cannot_be_read_or_written_is_told(tmp_path, capsys):
     (tmp_path / "q1_metrics.json").write_text(json.dumps(Q1), encoding="utf-8")
-    latin, folder, long = (tmp_path / name for name in ("latin", "folder", "x" * 250))
+    latin, long = tmp_path / "latin", tmp_path / ("x" * 250)
     latin.write_bytes(b"caf\xe9" + REPORT.encode())
-    folder.mkdir()
     long.write_text(REPORT)  # there is no room for a temporary name
-    for path in (latin, folder, long, tmp_path / "none"):
+    for path in (latin, long, tmp_path / "none"):
         assert not report.update(tmp_path, path)
         told = capsys.readouterr().err
         assert told.count("\n") == 1
         assert str(path) in told
     assert latin.read_bytes() == b"caf\xe9" + REPORT.encode()
     assert long.read_text() == REPORT
-
-
-def test_psnr_of_a_known_error():
-    assert report.psnr_db(0.01) == pytest.approx(20.0)
-    assert 1000 < report.psnr_db(0.0) < math.inf
 
 
 def test_committed_report_says_what_the_committed_metrics_say(tmp_path, capsys):
