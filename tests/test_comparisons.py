@@ -17,7 +17,6 @@ import pytest
 import tensorflow as tf
 from conftest import tiny_digits
 
-import plots
 import q2_aae as q2
 from extras import comparisons
 
@@ -189,23 +188,19 @@ def test_finished_rows_are_kept_and_a_command_replaces_its_own_only(
     assert rows == before | {"code-16": rows["code-16"]}
 
 
-def test_quick_rows_stay_in_their_folder_and_an_interrupted_one_is_continued(
-    tiny_data, tmp_path, monkeypatch, train, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(utils, "QUICK_EPOCHS", 1)
-    words = "q1", "--quick", "--rows", "relu", "--data", str(tiny_data / "MNIST_M.npy")
-    assert train(*words) == ["relu"]
-    assert [str(path) for path in Path().glob("*/*")] == ["runs/quick"]
-    record = Path("runs/quick/figures/q1_comparisons_metrics.json")
-    (folder,) = Path("runs/quick/comparisons/q1").iterdir()
+def test_an_interrupted_row_is_continued(tiny_data, tmp_path, train):
+    data = tiny_data / "MNIST_M.npy"
+    given = arguments("q1", tmp_path, data, "relu", "--epochs", "1")
+    assert train(*given) == ["relu"]
+    before = rows_of("q1", tmp_path)
     # As if it had been interrupted between training and measuring.
-    record.unlink()
-    (folder / "row.json").unlink()
-    weights = (folder / "networks.json").read_text()
-    assert train(*words) == ["relu"]
-    assert record.exists()
-    assert (folder / "networks.json").read_text() == weights
+    record("q1", tmp_path).unlink()
+    (path,) = (tmp_path / "runs" / "comparisons" / "q1").glob("*/row.json")
+    path.unlink()
+    weights = (path.parent / "networks.json").read_text()
+    assert train(*given) == ["relu"]
+    assert rows_of("q1", tmp_path).keys() == before.keys()
+    assert (path.parent / "networks.json").read_text() == weights
 
 
 def test_where_a_row_fails_the_others_are_told_to_end(tmp_path):
@@ -229,37 +224,6 @@ def test_unknown_row_is_one_line_and_code_2(tiny_data, tmp_path, refused):
     error = refused(comparisons.main, *given)
     assert "--rows: found lateral, expected seed-1, seed-2, " in error
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("content", ["{", '{"rows": {"vae": 5}}'])
-def test_damaged_record_is_one_line_and_is_left_alone(
-    content, tiny_data, tmp_path, refused
-):
-    path = record("q2", tmp_path)
-    path.parent.mkdir()
-    path.write_text(content)
-    given = arguments("q2", tmp_path, tiny_data / "data.npy", "vae")
-    assert f"{path}: found " in refused(comparisons.main, *given)
-    assert path.read_text() == content
-
-
-def test_rows_of_another_layout_are_not_drawn_and_the_bound_is_of_ten(
-    tmp_path, monkeypatch
-):
-    drawn = []
-    monkeypatch.setattr(plots, "q2_frontier", lambda *given: drawn.extend(given[1:]))
-    new = {"long": False, "frechet_distance": 8.0, "informative_dimensions": 10}
-    new |= {"knn_accuracy": {"code": 0.9}, "knn_bound": 0.77}
-    all_computed = {"informative_dimensions": 100, "knn_bound": 0.3}
-    old = {"knn_accuracy": {"code": 0.9}, "frechet_distance": 9.0, "long": True}
-    control = tmp_path / "q2_control_metrics.json"
-    control.write_text(json.dumps(new | all_computed | {"long": True}))
-    comparisons.draw("q2", {"old": old, "vae": new}, tmp_path)
-    points = {"vae": (0.9, 8.0, False), "control": (0.9, 8.0, True)}
-    assert drawn == [points, 0.77]
-    control.write_text("{")
-    with pytest.raises(utils.UsageError, match="q2_control_metrics.json: found "):
-        comparisons.draw("q2", {}, tmp_path)
 
 
 def test_a_row_is_made_by_its_data_and_by_the_code_of_its_model_and_its_bases(

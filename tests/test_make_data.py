@@ -213,17 +213,3 @@ def test_unusable_photograph_is_told_in_one_line(
         make_data.find_backgrounds(tmp_path)
     assert found in str(error.value)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        (["--course", "--seed", "-1"], "--seed: found -1, expected 0..4294967295"),
-        (["--backgrounds", "absent"], "absent: found no such folder"),
-    ],
-)
-def test_mistake_is_one_line_and_code_2(
-    tmp_path, monkeypatch, refused, small_digits, arguments, told
-):
-    monkeypatch.chdir(tmp_path)
-    assert told in refused(lambda: make_data.main(arguments))

@@ -77,18 +77,6 @@ def test_a_grid_shows_each_image_in_its_place_and_colours(tmp_path):
     assert right[0] < right[1]
 
 
-def test_a_figure_that_fails_leaves_the_old_one(tmp_path):
-    path = tmp_path / "x.png"
-    path.write_bytes(b"old")
-    rows = np.zeros((1, 1, 784))
-    with pytest.raises(ValueError, match="frac"):
-        plots.image_grid(path, rows, r"no formula: $\frac$")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-    with pytest.raises(OSError, match=r"x\.png"):
-        plots.image_grid(path / "y.png", rows, "")
-
-
 def test_what_cannot_be_drawn_is_told_in_one_line(monkeypatch):
     plots.check()
     monkeypatch.setitem(plots.STYLE, "text.usetex", True)

@@ -223,30 +223,6 @@ def test_skips_add_each_hidden_layer_to_what_it_is_given(skips):
     np.testing.assert_allclose(decoder(z), expected, rtol=1e-3)
 
 
-def test_networks_are_perceptrons_that_keep_their_contract_when_saved(tmp_path):
-    x, z = IMAGES[:3], RNG.standard_normal((3, 100)).astype(np.float32)
-    recipe, computed = q2.DEFAULT, q2.INFORMATIVE
-    model, judges = q2.AdversarialAutoencoder(100), recipe.discriminator_hidden
-    for name, given, shape, hidden in (
-        ("encoder", x, (3, 100), recipe.hidden),
-        ("decoder", z, (3, 784), recipe.hidden),
-        ("discriminator", z, (3, 1), judges),
-    ):
-        network = getattr(model, name)
-        widths = [w.shape[1] for w in network.weights if w.path.endswith("kernel")]
-        outputs = computed if name == "encoder" else shape[1]
-        assert widths == [*hidden, outputs]
-        network.save(tmp_path / f"{name}.keras")
-        loaded = keras.saving.load_model(tmp_path / f"{name}.keras")
-        found, before = loaded(given).numpy(), network(given).numpy()
-        assert found.shape == shape
-        assert found.dtype == np.float32
-        same = slice(computed if name == "encoder" else None)
-        np.testing.assert_allclose(found[:, same], before[:, same], 1e-5, 1e-6)
-        if name == "decoder":
-            assert 0 <= found.min() <= found.max() <= 1
-
-
 def test_augmentation_keeps_a_digits_place_and_is_its_own_for_each():
     square = np.zeros((28, 28), np.float32)
     square[9:19, 11:17] = 1
@@ -279,10 +255,6 @@ def test_classifier_is_trained_once_for_each_data(tmp_path, monkeypatch):
     )
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
-    for path in tmp_path.iterdir():
-        path.write_bytes(b"no archive")
-    with pytest.raises(utils.UsageError, match="a saved classifier"):
-        q2.digit_classifier(tmp_path, given)
 
 
 def test_noise_is_what_differs_from_pass_to_pass(monkeypatch):
