@@ -188,19 +188,24 @@ def test_finished_rows_are_kept_and_a_command_replaces_its_own_only(
     assert rows == before | {"code-16": rows["code-16"]}
 
 
-def test_an_interrupted_row_is_continued(tiny_data, tmp_path, train):
+def test_an_interrupted_row_is_continued(
+    tiny_data, tmp_path, monkeypatch, train, capsys
+):
+    save = utils.RunFolder.save_checkpoint
+
+    def save_and_end(*losses):
+        save(*losses)
+        raise KeyboardInterrupt
+
     data = tiny_data / "MNIST_M.npy"
-    given = arguments("q1", tmp_path, data, "relu", "--epochs", "1")
+    given = arguments("q1", tmp_path, data, "relu", "--epochs", "2")
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(utils.RunFolder, "save_checkpoint", save_and_end)
+        train(*given)
+    assert rows_of("q1", tmp_path) == {}
     assert train(*given) == ["relu"]
-    before = rows_of("q1", tmp_path)
-    # As if it had been interrupted between training and measuring.
-    record("q1", tmp_path).unlink()
-    (path,) = (tmp_path / "runs" / "comparisons" / "q1").glob("*/row.json")
-    path.unlink()
-    weights = (path.parent / "networks.json").read_text()
-    assert train(*given) == ["relu"]
-    assert rows_of("q1", tmp_path).keys() == before.keys()
-    assert (path.parent / "networks.json").read_text() == weights
+    assert "Continuing after epoch 1 of " in capsys.readouterr().out
+    assert rows_of("q1", tmp_path)["relu"]["epochs"] == 2
 
 
 def test_where_a_row_fails_the_others_are_told_to_end(tmp_path):

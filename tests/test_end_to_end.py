@@ -192,25 +192,25 @@ def test_q1_interrupted_killed_or_in_an_odd_environment_ends_the_same(
 
 
 @pytest.fixture
-def small_q2(monkeypatch, few_measurements):
-    """Question 2's `main`, with small networks and few measurements."""
-    small = q2.DEFAULT._replace(hidden=(48,), discriminator_hidden=(48,))
-    monkeypatch.setattr(q2, "DEFAULT", small)
-    return q2.main
+def run_q2(monkeypatch, few_measurements):
+    """Return a function that runs question 2 here, with small networks."""
+    small = {"hidden": (48,), "discriminator_hidden": (48,)}
+    for name in ("DEFAULT", "CONTROL"):
+        monkeypatch.setattr(q2, name, getattr(q2, name)._replace(**small))
 
-
-def test_q2_interrupted_ends_the_same(
-    tiny_data, tmp_path, monkeypatch, capsys, small_q2
-):
     def run_here(*arguments):
         monkeypatch.setattr(sys, "argv", ["q2_aae.py", *arguments])
         with monkeypatch.context() as patched:
             patched.setattr(sys, "stdout", sys.stdout)
-            utils.run_script(small_q2)
+            utils.run_script(q2.main)
 
+    return run_here
+
+
+def test_q2_interrupted_ends_the_same(tiny_data, tmp_path, monkeypatch, capsys, run_q2):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     data = tiny_data / DATA["q2"]
-    run_here(*options(whole, data))
+    run_q2(*options(whole, data))
     lines = [
         line for line in capsys.readouterr().out.splitlines() if "epoch" in line[:5]
     ]
@@ -234,15 +234,33 @@ def test_q2_interrupted_ends_the_same(
             signal.raise_signal(signal.SIGTERM)
 
         patched.setattr(utils.RunFolder, "save_checkpoint", save_and_end)
-        run_here(*options(broken, data))
+        run_q2(*options(broken, data))
     assert ended.value.code == 130
     assert capsys.readouterr().err.endswith(" --resume\n")
     assert (broken / "figures" / "q2_losses.png").exists()
     assert len(read_losses("q2", "history", broken)) == 1
-    run_here(*options(broken, data, "--resume"))
+    run_q2(*options(broken, data, "--resume"))
     check_same("q2", whole, broken)
     digests = [(each / "run" / "networks.json").read_text() for each in (whole, broken)]
     assert digests[0] == digests[1]
+
+
+def test_control_on_a_plain_file_without_labels_refreshes_the_report(
+    tmp_path, monkeypatch, run_q2
+):
+    monkeypatch.chdir(tmp_path)
+    np.save("plain.npy", np.random.default_rng(0).random((210, 784), np.float32))
+    report = tmp_path / "report.md"
+    report.write_text("before <!-- begin q2.control --><!-- end q2.control -->")
+    words = "--data plain.npy --control --code-dim 1 --epochs 1 --batch-size 42"
+    run_q2(*words.split())
+    found = json.loads(Path("figures/q2_control_metrics.json").read_text())
+    assert found["code_dim"] == 1
+    assert found["knn_accuracy"] is found["frechet_distance"] is None
+    assert report.read_text().startswith("before ")
+    assert f"| test MSE | {found['test_mse']:.5f} |" in report.read_text()
+    for model in MODELS["q2"]:
+        assert Path("runs", "q2_control", f"{model}.keras").exists()
 
 
 class _Touch:

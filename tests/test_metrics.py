@@ -167,10 +167,6 @@ def test_match_is_over_all_coordinates_and_over_informative_ones(
     assert len(set(on_draws)) == 2
     assert all(0.45 < accuracy < 0.55 for accuracy in on_draws)
 
-    # The same, whatever was trained before; two coordinates are now all there are.
-    again = metrics.compare_with_prior(judge, train[:, :2], test[:, :2], 2)
-    assert again == found | {"prior_match": informative}
-
 
 def test_frechet_distance_of_normals_in_closed_form():
     a = RNG.standard_normal((200_000, 3))

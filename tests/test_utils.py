@@ -1,6 +1,6 @@
 """The shared floor: command line, exit codes, batches, training, the run's folder."""
 
-import errno
+import builtins
 import io
 import json
 import signal
@@ -72,6 +72,20 @@ def test_wrong_argument_is_one_line_and_code_2(capsys, arguments):
 def test_a_bug_is_not_hidden():
     with pytest.raises(ZeroDivisionError):
         utils.run_script(lambda: 1 / 0)
+
+
+def test_a_notebook_is_told_how_to_go_on(monkeypatch, capsys):
+    monkeypatch.setattr(builtins, "__IPYTHON__", True, raising=False)
+    monkeypatch.setattr(sys, "argv", ["q.py", "--epochs", "2"])
+
+    def main():
+        raise utils.Interrupted
+
+    with pytest.raises(SystemExit) as ended:
+        utils.run_script(main)
+    assert ended.value.code == 130
+    told = capsys.readouterr().err
+    assert told.endswith("continue with: %run q.py --epochs 2 --resume\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -287,17 +301,6 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
         pass
     with second.in_use():  # the folder is free again
         pass
-
-
-def test_a_file_system_without_locks_is_told_and_the_run_goes_on(
-    tmp_path, monkeypatch, capsys
-):
-    def no_locks(*_):
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr(utils.fcntl, "flock", no_locks)
-    with run_folder(tmp_path).in_use():
-        assert "no locks here (Function not implemented)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
