@@ -275,27 +275,3 @@ def test_hostile_data_is_one_line_and_nothing_is_run(tmp_path):
     assert error.splitlines()[-1].startswith("q2_aae.py: hostile.npy: found ")
     assert "Traceback" not in error
     assert [path.name for path in tmp_path.iterdir()] == ["hostile.npy"]
-
-
-HELP = """
-import runpy, sys
-sys.path[0] = sys.argv[1]
-for script in ("q1_cnn_autoencoder", "q2_aae", "make_data", "report"):
-    sys.argv = [script, "--help"]
-    try:
-        runpy.run_module(script, run_name="__main__")
-    except SystemExit as end:
-        assert not end.code, end
-    else:
-        raise SystemExit(f"{script} did not end")
-import keras
-print(keras.config.floatx(), keras.config.image_data_format(), __debug__)
-"""
-
-
-def test_scripts_start_without_docstrings_and_whatever_keras_json_says(tmp_path):
-    (tmp_path / "keras.json").write_text(json.dumps(ODD_KERAS))
-    words = [PYTHON, "-OO", "-c", HELP, str(HOME)]
-    told, _ = run(words, tmp_path, KERAS_HOME=str(tmp_path))
-    assert told.count("usage: ") == 4
-    assert told.splitlines()[-1] == "float32 channels_last False"

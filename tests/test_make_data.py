@@ -194,22 +194,3 @@ def test_digits_that_are_not_mnist_are_refused(monkeypatch, small_digits):
     monkeypatch.setattr(make_data, "MNIST_TEST_SHA256", "0" * 64)
     with pytest.raises(DataError, match="test digits of SHA-256 .*wheel of SHA-256"):
         make_data.find_digits()
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "found"),
-    [
-        ("small.png", encoded(photograph(0, 20, 50)), "20x50"),
-        ("bomb.png", encoded(photograph(0, 60, 60)), "decompression bomb"),
-        ("broken.jpg", b"not a photograph", "cannot identify"),
-    ],
-)
-def test_unusable_photograph_is_told_in_one_line(
-    tmp_path, monkeypatch, name, content, found
-):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3_000)
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError) as error:
-        make_data.find_backgrounds(tmp_path)
-    assert found in str(error.value)
-    assert "\n" not in str(error.value)

@@ -69,6 +69,15 @@ def test_wrong_argument_is_one_line_and_code_2(capsys, arguments):
     assert arguments[0] in error
 
 
+def test_help_tells_each_default(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        settings("--help")
+    assert stopped.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for default in ("x.npy", "default: 7", "default: 5", "0.1", "default: 4"):
+        assert default in text
+
+
 def test_a_bug_is_not_hidden():
     with pytest.raises(ZeroDivisionError):
         utils.run_script(lambda: 1 / 0)
@@ -186,6 +195,15 @@ def test_changes_differ_by_epoch_and_resuming_repeats_them():
 
 
 # Training --------------------------------------------------------------------------
+
+
+def test_loss_curve_has_the_means_of_parts_of_an_epoch():
+    losses, curve = RNG.random(25), utils.LossCurve(epoch=3, steps=25)
+    for step in range(25):  # Keras gives the means since the epoch began
+        curve.on_train_batch_end(step, {"loss": losses[: step + 1].mean()})
+    assert [row["step"] for row in curve.rows] == list(range(53, 75, 3))
+    parts = [row["loss"] for row in curve.rows]
+    np.testing.assert_allclose(parts, losses[:24].reshape(8, 3).mean(axis=1))
 
 
 def run_folder(folder, *arguments):
