@@ -85,7 +85,7 @@ def tiny_data(tmp_path_factory):
 @pytest.fixture
 def few_measurements(monkeypatch):
     """Measure in a hurry, where no number matters."""
-    monkeypatch.setattr(q2, "SAMPLES", 300)
+    monkeypatch.setattr(q2, "SAMPLES", SIZES[2])  # another size is compiled anew
     tsne = functools.partial(metrics.TSNE, early_exaggeration_iter=50, n_iter=50)
     monkeypatch.setattr(metrics, "TSNE", tsne)
     monkeypatch.setattr(metrics, "NULL_SETS", 2)
