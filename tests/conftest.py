@@ -1,6 +1,7 @@
 """Tiny real data, how a script is run and refuses, and a full disk."""
 
 import contextlib
+import functools
 import resource
 import sys
 
@@ -12,6 +13,8 @@ import tensorflow as tf
 from sklearn.datasets import load_digits, load_sample_images
 
 import make_data
+import metrics
+import q2_aae as q2
 
 SIZES = (420, 40, 60)
 LONGEST = "ends_the_same", "finished_rows", "a_row_of_question_2", "beats_the_mean"
@@ -77,6 +80,20 @@ def tiny_data(tmp_path_factory):
         )
         save_pairs(folder / f"{name}.npy", list(parts))
     return folder
+
+
+@pytest.fixture
+def few_measurements(monkeypatch):
+    """Measure in a hurry, where no number matters."""
+    monkeypatch.setattr(q2, "SAMPLES", SIZES[2])  # another size is compiled anew
+    tsne = functools.partial(metrics.TSNE, early_exaggeration_iter=50, n_iter=50)
+    monkeypatch.setattr(metrics, "TSNE", tsne)
+    monkeypatch.setattr(metrics, "NULL_SETS", 2)
+    for name in ("FRESH_STEPS", "FRESH_EPOCHS", "FRESH_ON_DRAWS"):
+        monkeypatch.setattr(metrics, name, 1)
+    metrics._true_draws.cache_clear()
+    yield
+    metrics._true_draws.cache_clear()
 
 
 @pytest.fixture

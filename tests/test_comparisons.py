@@ -1,11 +1,11 @@
 """The comparisons' variants, and runs of some rows."""
 
+import dataclasses
 import inspect
 import json
 import shutil
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import utils
@@ -15,13 +15,11 @@ import matplotlib.image
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import save_pairs, tiny_digits
+from conftest import tiny_digits
 
 import metrics
-import plots
 import q2_aae as q2
 from extras import comparisons
-from read_MNIST_M import load_mnist_m
 
 HOME = Path(__file__).parents[1]
 RNG = np.random.default_rng(0)
@@ -87,14 +85,14 @@ def train(monkeypatch):
     def run(*words):
         trained = []
 
-        def run_here(commands, workers):
+        def run_commands(commands, workers):
             for command in commands:
                 assert command[:3] == [sys.executable, "-m", "extras.comparisons"]
                 trained.append(command[command.index("--train") + 1])
                 monkeypatch.setattr(sys, "argv", command[2:])
                 comparisons.main()
 
-        monkeypatch.setattr(comparisons, "run_here", run_here)
+        monkeypatch.setattr(comparisons, "run_commands", run_commands)
         monkeypatch.setattr(sys, "argv", ["comparisons.py", *words])
         utils.run_script(comparisons.main)
         return trained
@@ -119,7 +117,7 @@ def rows_of(question, folder):
 
 
 def test_a_row_of_question_2_is_trained_on_few_images_as_the_script_does(
-    tiny_data, tmp_path, monkeypatch, train
+    tiny_data, tmp_path, monkeypatch, train, few_measurements
 ):
     augmented = []
 
@@ -127,25 +125,26 @@ def test_a_row_of_question_2_is_trained_on_few_images_as_the_script_does(
         augmented.append(len(images))
         return images
 
-    for module, name, value in (
-        *((q2, "SAMPLES", 300), (metrics, "NULL_SETS", 1)),
-        *((metrics, "FRESH_EPOCHS", 1), (q2, "augment", augment)),
-        *((q2, "EPOCHS", 1), (q2, "LEAST_STEPS", 24)),  # four steps an epoch
-    ):
-        monkeypatch.setattr(module, name, value)
-    metrics._true_draws.cache_clear()
+    monkeypatch.setattr(q2, "augment", augment)
+    monkeypatch.setattr(metrics, "compare_with_prior", lambda *given: {})
+    monkeypatch.setattr(q2, "EPOCHS", 1)
+    monkeypatch.setattr(q2, "LEAST_STEPS", 24)  # four steps an epoch
+    small = {"hidden": (48, 48), "discriminator_hidden": (48,)}
+    for name in ("vae", "no-skips"):
+        row = comparisons.Q2_ROWS[name]
+        row = dataclasses.replace(row, recipe=row.recipe._replace(**small))
+        monkeypatch.setitem(comparisons.Q2_ROWS, name, row)
     data = tiny_data / "data.npy"
-    given = arguments("q2", tmp_path, data, "vae,shallow", "--batch-size", "105")
-    assert train(*given) == ["vae", "shallow"]
-    metrics._true_draws.cache_clear()
+    given = arguments("q2", tmp_path, data, "vae,no-skips", "--batch-size", "105")
+    assert train(*given) == ["vae", "no-skips"]
     rows = rows_of("q2", tmp_path)
-    vae, shallow = rows["vae"], rows["shallow"]
+    vae, short = rows["vae"], rows["no-skips"]
     assert (vae["epochs"], vae["long"], vae["code_dim"]) == (6, True, 10)
-    assert (shallow["epochs"], shallow["long"]) == (2, False)
+    assert (short["epochs"], short["long"]) == (2, False)
     assert vae["loss_discriminator"] is None
-    assert shallow["loss_discriminator"] > 0
-    assert augmented.count(105) == 4 * (vae["epochs"] + shallow["epochs"])
-    assert shallow["made_by"]["recipe"]["hidden"] == [400, 400]
+    assert short["loss_discriminator"] > 0
+    assert augmented.count(105) == 4 * (vae["epochs"] + short["epochs"])
+    assert short["made_by"]["recipe"]["decoder_skips"] is False
     for row in rows.values():
         assert row["informative_dimensions"] == 10
         assert 0 < row["test_mse"] < 0.5
@@ -161,8 +160,7 @@ def test_a_row_of_question_2_is_trained_on_few_images_as_the_script_does(
 def test_finished_rows_are_kept_and_a_command_replaces_its_own_only(
     tiny_data, tmp_path, train
 ):
-    path = tmp_path / "MNIST_M.npy"
-    shutil.copy(tiny_data / path.name, path)
+    path = tiny_data / "MNIST_M.npy"
     old = {"title": "older", "long": True, "code_dim": 4, "test_mse": 0.1}
     record("q1", tmp_path).parent.mkdir()
     older = {"rows": {"mask": old, "relu": old, "seed-1": old}, "note": "by hand"}
@@ -183,51 +181,33 @@ def test_finished_rows_are_kept_and_a_command_replaces_its_own_only(
     assert (small["code_dim"], relu["code_dim"]) == (16, 128)
     assert 0 < small["test_mse"] != relu["test_mse"] > 0
 
-    # Finished rows are not trained again, whether or not their folders are kept.
-    assert again("code-16,relu") == ([], before)
+    # Finished rows are not trained again, though their folders are gone.
     shutil.rmtree(tmp_path / "runs")
     assert again("code-16,relu") == ([], before)
-
-    # A row that is not there is trained, and comes to the same as beside another.
-    content = {"rows": {name: before[name] for name in before.keys() - {"relu"}}}
-    record("q1", tmp_path).write_text(json.dumps(content))
-    trained, rows = again("code-16,relu")
-    assert trained == ["relu"]
-    assert rows["relu"]["test_mse"] == pytest.approx(relu["test_mse"], 1e-3)
-
-    before = rows
     trained, rows = again("code-16", "--seed", "7")
     assert trained == ["code-16"]
     assert rows["code-16"]["seed"] == rows["code-16"]["made_by"]["seed"] == 7
     assert rows == before | {"code-16": rows["code-16"]}
 
-    pairs = [(np.array(s.images), np.eye(10)[s.labels]) for s in load_mnist_m(path)]
-    pairs[0][0][0] ^= 1
-    save_pairs(path, pairs)
-    before = rows
-    trained, rows = again("relu")
-    assert trained == ["relu"]
-    assert rows["relu"]["data"] != before["relu"]["data"]
-    assert rows == before | {"relu": rows["relu"]}
 
-
-def test_quick_rows_stay_in_their_folder_and_an_interrupted_one_is_continued(
+def test_an_interrupted_row_is_continued(
     tiny_data, tmp_path, monkeypatch, train, capsys
 ):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(utils, "QUICK_EPOCHS", 1)
-    words = "q1", "--quick", "--rows", "relu", "--data", str(tiny_data / "MNIST_M.npy")
-    assert train(*words) == ["relu"]
-    assert [str(path) for path in Path().glob("*/*")] == ["runs/quick"]
-    record = Path("runs/quick/figures/q1_comparisons_metrics.json")
-    (folder,) = Path("runs/quick/comparisons/q1").iterdir()
-    # As if it had been interrupted between training and measuring.
-    record.unlink()
-    (folder / "row.json").unlink()
-    weights = (folder / "networks.json").read_text()
-    assert train(*words) == ["relu"]
-    assert record.exists()
-    assert (folder / "networks.json").read_text() == weights
+    save = utils.RunFolder.save_checkpoint
+
+    def save_and_end(*losses):
+        save(*losses)
+        raise KeyboardInterrupt
+
+    data = tiny_data / "MNIST_M.npy"
+    given = arguments("q1", tmp_path, data, "relu", "--epochs", "2")
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(utils.RunFolder, "save_checkpoint", save_and_end)
+        train(*given)
+    assert rows_of("q1", tmp_path) == {}
+    assert train(*given) == ["relu"]
+    assert "Continuing after epoch 1 of " in capsys.readouterr().out
+    assert rows_of("q1", tmp_path)["relu"]["epochs"] == 2
 
 
 def test_where_a_row_fails_the_others_are_told_to_end(tmp_path):
@@ -242,7 +222,7 @@ while not pathlib.Path({str(ready)!r}).exists():
 exit(3)"""
     commands = [[sys.executable, "-c", code] for code in (waits, fails, "1 / 0")]
     with pytest.raises(utils.UsageError, match=r"exit\(3\): failed"):
-        comparisons.run_here(commands, workers=2)
+        comparisons.run_commands(commands, workers=2)
     assert told.exists()
 
 
@@ -253,49 +233,18 @@ def test_unknown_row_is_one_line_and_code_2(tiny_data, tmp_path, refused):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "content", ["{", "[]", '{"rows": 3}', '{"rows": {"vae": 5}}', "\udcff"]
-)
-def test_damaged_record_is_one_line_and_is_left_alone(
-    content, tiny_data, tmp_path, refused
-):
-    path = record("q2", tmp_path)
-    path.parent.mkdir()
-    path.write_text(content, errors="surrogateescape")
-    before = path.read_bytes()
-    given = arguments("q2", tmp_path, tiny_data / "data.npy", "vae")
-    assert f"{path}: found " in refused(comparisons.main, *given)
-    assert path.read_bytes() == before
-
-
-def test_rows_of_another_layout_are_not_drawn_and_the_bound_is_of_ten(
+def test_a_row_is_made_by_its_data_and_by_the_code_of_its_model_and_its_bases(
     tmp_path, monkeypatch
 ):
-    drawn = []
-    monkeypatch.setattr(plots, "q2_frontier", lambda *given: drawn.extend(given[1:]))
-    new = {"long": False, "frechet_distance": 8.0, "informative_dimensions": 10}
-    new |= {"knn_accuracy": {"code": 0.9}, "knn_bound": 0.77}
-    all_computed = {"informative_dimensions": 100, "knn_bound": 0.3}
-    old = {"knn_accuracy": {"code": 0.9}, "frechet_distance": 9.0, "long": True}
-    control = tmp_path / "q2_control_metrics.json"
-    control.write_text(json.dumps(new | all_computed | {"long": True}))
-    comparisons.draw("q2", {"old": old, "vae": new}, tmp_path)
-    points = {"vae": (0.9, 8.0, False), "control": (0.9, 8.0, True)}
-    assert drawn == [points, 0.77]
-    control.write_text("{")
-    with pytest.raises(utils.UsageError, match="q2_control_metrics.json: found "):
-        comparisons.draw("q2", {}, tmp_path)
-
-
-def test_a_row_is_made_by_the_code_of_its_model_and_of_its_bases(tmp_path, monkeypatch):
-    (tmp_path / "data.npy").touch()
-    base = q2.parse_settings(["--data", str(tmp_path / "data.npy")])
+    data = tmp_path / "data.npy"
+    data.touch()
+    base = q2.parse_settings(["--data", str(data)])
 
     def made_by(name):
         settings = comparisons.row_settings(base, "q2", name)
         return comparisons.what_makes(settings, "q2")
 
-    names, source = ("vae", "vae-half", "shallow"), inspect.getsource
+    names, source = ("vae", "vae-half", "no-skips"), inspect.getsource
     before = [made_by(name) for name in names]
     changed = comparisons.VariationalAutoencoder
     monkeypatch.setattr(
@@ -303,22 +252,5 @@ def test_a_row_is_made_by_the_code_of_its_model_and_of_its_bases(tmp_path, monke
     )
     same = [made_by(name) == old for name, old in zip(names, before, strict=True)]
     assert same == [False, False, True]
-
-
-def _unreachable(address):
-    raise OSError(f"Timed out trying\nto connect to {address}")
-
-
-@pytest.mark.parametrize(
-    ("package", "told"),
-    [
-        (None, "distributed"),
-        (types.SimpleNamespace(Client=_unreachable), "--cluster foo: Timed out"),
-    ],
-)
-def test_cluster_that_is_not_there_is_one_line(
-    package, told, tiny_data, tmp_path, monkeypatch, refused
-):
-    monkeypatch.setitem(sys.modules, "distributed", package)
-    given = arguments("q1", tmp_path, tiny_data / "MNIST_M.npy", "relu")
-    assert told in refused(comparisons.main, *given, "--cluster", "foo")
+    data.write_bytes(b"other images")
+    assert made_by("no-skips")["data"] != before[2]["data"]

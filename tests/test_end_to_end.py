@@ -1,7 +1,6 @@
 """Both scripts from the command line to their outputs, on a tiny data set."""
 
 import csv
-import functools
 import json
 import os
 import shlex
@@ -18,12 +17,10 @@ import numpy as np
 import pytest
 from conftest import save_pairs
 
-import metrics
 import q1_cnn_autoencoder as q1
 import q2_aae as q2
 
 HOME = Path(__file__).parents[1]
-MAINS = {"q1": q1.main, "q2": q2.main}
 SCRIPTS = {"q1": "q1_cnn_autoencoder.py", "q2": "q2_aae.py"}
 DATA = {"q1": "MNIST_M.npy", "q2": "data.npy"}
 MODELS = {"q1": ["autoencoder"], "q2": ["encoder", "decoder", "discriminator"]}
@@ -89,8 +86,8 @@ def read_until(process, words):
     pytest.fail(f"it ended before {words!r}: {process.stderr.read()}")
 
 
-def read_history(question, folder):
-    path = folder / "figures" / f"{question}_history.csv"
+def read_losses(question, name, folder):
+    path = folder / "figures" / f"{question}_{name}.csv"
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
@@ -112,8 +109,13 @@ def check_outputs(question, folder):
     common = {"data", "seed", "versions", "settings", "training_seconds", "code"}
     assert KEYS[question] | common <= found.keys()
     assert (found["settings"]["epochs"], found["settings"]["batch_size"]) == (3, 42)
-    rows = read_history(question, folder)
-    assert [float(row["epoch"]) for row in rows] == [1, 2, 3]
+    history = read_losses(question, "history", folder)
+    assert [float(row["epoch"]) for row in history] == [1, 2, 3]
+    assert [float(row["step"]) for row in history] == [10, 20, 30]
+    parts = read_losses(question, "steps", folder)
+    assert [float(row["step"]) for row in parts] == list(range(1, 31))
+    assert {name for name in history[0] if f"val_{name}" in history[0]} < set(parts[0])
+    rows = history + parts
     assert all(np.isfinite(float(value)) for row in rows for value in row.values())
 
 
@@ -123,10 +125,12 @@ def check_same(question, whole, broken):
     for found in (first, second):
         del found["training_seconds"], found["data"]["file"]
     assert first == second
-    histories = [read_history(question, folder) for folder in (whole, broken)]
+    histories = [read_losses(question, "history", each) for each in (whole, broken)]
     for row in sum(histories, []):
         del row["seconds"]
     assert histories[0] == histories[1]
+    parts = [read_losses(question, "steps", each) for each in (whole, broken)]
+    assert parts[0] == parts[1]
     for path in (whole / "figures").glob("*.png"):
         assert path.read_bytes() == (broken / "figures" / path.name).read_bytes(), path
 
@@ -188,32 +192,25 @@ def test_q1_interrupted_killed_or_in_an_odd_environment_ends_the_same(
 
 
 @pytest.fixture
-def small_q2(monkeypatch):
-    """Question 2's `main`, with small networks and few measurements."""
-    small = q2.DEFAULT._replace(hidden=(48,), discriminator_hidden=(48,))
-    tsne = functools.partial(metrics.TSNE, early_exaggeration_iter=50, n_iter=50)
-    monkeypatch.setattr(q2, "DEFAULT", small)
-    monkeypatch.setattr(q2, "SAMPLES", 500)
-    monkeypatch.setattr(metrics, "TSNE", tsne)
-    monkeypatch.setattr(metrics, "FRESH_EPOCHS", 1)
-    monkeypatch.setattr(metrics, "NULL_SETS", 2)
-    metrics._true_draws.cache_clear()
-    yield q2.main
-    metrics._true_draws.cache_clear()
+def run_q2(monkeypatch, few_measurements):
+    """Return a function that runs question 2 here, with small networks."""
+    small = {"hidden": (48,), "discriminator_hidden": (48,)}
+    for name in ("DEFAULT", "CONTROL"):
+        monkeypatch.setattr(q2, name, getattr(q2, name)._replace(**small))
 
-
-def test_q2_interrupted_ends_the_same(
-    tiny_data, tmp_path, monkeypatch, capsys, small_q2
-):
     def run_here(*arguments):
         monkeypatch.setattr(sys, "argv", ["q2_aae.py", *arguments])
         with monkeypatch.context() as patched:
             patched.setattr(sys, "stdout", sys.stdout)
-            utils.run_script(small_q2)
+            utils.run_script(q2.main)
 
+    return run_here
+
+
+def test_q2_interrupted_ends_the_same(tiny_data, tmp_path, monkeypatch, capsys, run_q2):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     data = tiny_data / DATA["q2"]
-    run_here(*options(whole, data))
+    run_q2(*options(whole, data))
     lines = [
         line for line in capsys.readouterr().out.splitlines() if "epoch" in line[:5]
     ]
@@ -232,20 +229,38 @@ def test_q2_interrupted_ends_the_same(
     save = utils.RunFolder.save_checkpoint
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as ended:
 
-        def save_and_end(self, state, history):
-            save(self, state, history)
+        def save_and_end(self, *given):
+            save(self, *given)
             signal.raise_signal(signal.SIGTERM)
 
         patched.setattr(utils.RunFolder, "save_checkpoint", save_and_end)
-        run_here(*options(broken, data))
+        run_q2(*options(broken, data))
     assert ended.value.code == 130
     assert capsys.readouterr().err.endswith(" --resume\n")
     assert (broken / "figures" / "q2_losses.png").exists()
-    assert len(read_history("q2", broken)) == 1
-    run_here(*options(broken, data, "--resume"))
+    assert len(read_losses("q2", "history", broken)) == 1
+    run_q2(*options(broken, data, "--resume"))
     check_same("q2", whole, broken)
     digests = [(each / "run" / "networks.json").read_text() for each in (whole, broken)]
     assert digests[0] == digests[1]
+
+
+def test_control_on_a_plain_file_without_labels_refreshes_the_report(
+    tmp_path, monkeypatch, run_q2
+):
+    monkeypatch.chdir(tmp_path)
+    np.save("plain.npy", np.random.default_rng(0).random((210, 784), np.float32))
+    report = tmp_path / "report.md"
+    report.write_text("before <!-- begin q2.control --><!-- end q2.control -->")
+    words = "--data plain.npy --control --code-dim 1 --epochs 1 --batch-size 42"
+    run_q2(*words.split())
+    found = json.loads(Path("figures/q2_control_metrics.json").read_text())
+    assert found["code_dim"] == 1
+    assert found["knn_accuracy"] is found["frechet_distance"] is None
+    assert report.read_text().startswith("before ")
+    assert f"| test MSE | {found['test_mse']:.5f} |" in report.read_text()
+    for model in MODELS["q2"]:
+        assert Path("runs", "q2_control", f"{model}.keras").exists()
 
 
 class _Touch:
@@ -253,50 +268,10 @@ class _Touch:
         return os.system, ("touch it_ran",)
 
 
-def test_wrong_data_is_one_line_and_nothing_is_run(
-    tiny_data, tmp_path, monkeypatch, refused
-):
-    monkeypatch.chdir(tmp_path)
-    hostile = np.empty(3, object)
-    hostile[:] = [_Touch()] * 3
-    save_pairs(tmp_path / "hostile.npy", list(hostile))
-    # Its name is also found in another spelling.
-    (tmp_path / "MNIST_m.NPY").write_bytes((tiny_data / DATA["q1"]).read_bytes()[:9999])
-    before = sorted(tmp_path.iterdir())
-    for name in ("missing.npy", "hostile.npy", "MNIST_M.npy"):
-        for main in MAINS.values():
-            error = refused(main, *options(tmp_path, name)).lower()
-            assert f"{name}: found ".lower() in error
-            assert ", expected " in error
-    assert "--labels" in refused(q2.main, "--labels", "")
-    # Once in earnest: a start takes long.
-    script = HOME / SCRIPTS["q2"]
-    words = [PYTHON, script, *options(tmp_path, "hostile.npy")]
+def test_hostile_data_is_one_line_and_nothing_is_run(tmp_path):
+    save_pairs(tmp_path / "hostile.npy", [_Touch()] * 3)
+    words = [PYTHON, HOME / SCRIPTS["q2"], *options(tmp_path, "hostile.npy")]
     error = run(words, tmp_path, code=2)[1]
     assert error.splitlines()[-1].startswith("q2_aae.py: hostile.npy: found ")
     assert "Traceback" not in error
-    assert sorted(tmp_path.iterdir()) == before
-
-
-HELP = """
-import runpy, sys
-sys.path[0] = sys.argv[1]
-for script in ("q1_cnn_autoencoder", "q2_aae", "make_data", "report"):
-    sys.argv = [script, "--help"]
-    try:
-        runpy.run_module(script, run_name="__main__")
-    except SystemExit as end:
-        assert not end.code, end
-    else:
-        raise SystemExit(f"{script} did not end")
-import keras
-print(keras.config.floatx(), keras.config.image_data_format(), __debug__)
-"""
-
-
-def test_scripts_start_without_docstrings_and_whatever_keras_json_says(tmp_path):
-    (tmp_path / "keras.json").write_text(json.dumps(ODD_KERAS))
-    words = [PYTHON, "-OO", "-c", HELP, str(HOME)]
-    told, _ = run(words, tmp_path, KERAS_HOME=str(tmp_path))
-    assert told.count("usage: ") == 4
-    assert told.splitlines()[-1] == "float32 channels_last False"
+    assert [path.name for path in tmp_path.iterdir()] == ["hostile.npy"]

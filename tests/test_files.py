@@ -1,8 +1,5 @@
 """Files are replaced whole or not at all; JSON; where a data file comes from."""
 
-import os
-import threading
-
 import pytest
 from conftest import contents, disk_with_room_for
 
@@ -42,23 +39,6 @@ def test_replacing_writes_through_a_link_and_keeps_the_mode(tmp_path):
     assert file.stat().st_mode & 0o777 == 0o640
 
 
-def test_writers_at_the_same_time_do_not_disturb_each_other(tmp_path):
-    path, together = tmp_path / "file.json", threading.Barrier(2, timeout=60)
-
-    def write(content):
-        with files.replacing(path) as temporary:
-            together.wait()
-            temporary.write_text(content)
-            together.wait()
-
-    other = threading.Thread(target=write, args=["long" * 99])
-    other.start()
-    write("short")
-    other.join()
-    assert path.read_text() in ("long" * 99, "short")
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_json_is_read_as_written_and_damage_names_the_file(tmp_path):
     path, content = tmp_path / "numbers.json", {"mse": 0.5, "none": None}
     files.write_json(path, content)
@@ -84,13 +64,6 @@ def test_source_of_a_built_file_is_known_until_somebody_changes_it(tmp_path):
     files.write_json(files.sources_path(path), record)
     path.write_bytes(b"changed")
     assert files.describe_source(path)["source"] == "a file as given"
-
-
-def test_a_name_that_is_no_utf_8_is_described_in_valid_json(tmp_path):
-    path = tmp_path / os.fsdecode(b"donn\xe9es.npy")
-    path.write_bytes(b"images")
-    files.write_json(tmp_path / "source.json", files.describe_source(path))
-    assert files.read_json(tmp_path / "source.json")["file"] == "donn\ufffdes.npy"
 
 
 def test_code_is_told_apart_by_what_it_does():

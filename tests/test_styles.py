@@ -12,7 +12,6 @@ import pytest
 import tensorflow as tf
 from conftest import descend, tiny_digits
 
-import metrics
 import q2_aae as q2
 from extras import styles
 from read_MNIST_M import Split
@@ -68,16 +67,10 @@ def test_step_takes_the_three_stages_with_the_digit():
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
-@pytest.fixture
-def small(monkeypatch):
-    monkeypatch.setattr(styles, "RECIPE", SMALL)
-    monkeypatch.setattr(q2, "SAMPLES", 300)
-    monkeypatch.setattr(metrics, "FRESH_EPOCHS", 1)
-
-
 def test_a_run_leaves_figure_measures_and_networks(
-    tiny_data, tmp_path, monkeypatch, small
+    tiny_data, tmp_path, monkeypatch, few_measurements
 ):
+    monkeypatch.setattr(styles, "RECIPE", SMALL)
     arguments = ["--data", tiny_data / "data.npy", "--epochs", 2, "--figures", tmp_path]
     arguments += ["--run-dir", tmp_path / "run"]
     monkeypatch.setattr(sys, "argv", ["styles.py", *map(str, arguments)])
