@@ -210,6 +210,18 @@ def test_an_interrupted_row_is_continued(
     assert rows_of("q1", tmp_path)["relu"]["epochs"] == 2
 
 
+@pytest.mark.parametrize("question", ["q1", "q2"])
+def test_quick_rows_stay_in_their_own_folder(tiny_data, question):
+    script = comparisons.SCRIPTS[question]
+    base = script.parse_settings(["--quick", "--data", str(tiny_data / script.DATA)])
+    name = next(iter(comparisons.ROWS[question]))
+    row = comparisons.row_settings(base, question, name)
+    record = comparisons.record_path(question, base)
+    for path in (row.run_dir, row.figures, record):
+        assert path.is_relative_to("runs/quick")
+    assert not base.updates_report
+
+
 def test_where_a_row_fails_the_others_are_told_to_end(tmp_path):
     ready, told = tmp_path / "ready", tmp_path / "told"
     waits = f"""import pathlib, signal, time
