@@ -3,9 +3,10 @@
     python -m extras.explorer    # writes figures/q2_explorer.html
 
 The page works by a double click, without a server or a network connection: the networks
-travel in it, and JavaScript applies them. `explorer.html` is its template. Weights are
-rounded to 8 bits; in the first and the last layer, which the output depends on most, to
-16 bits. What this changes in the output is measured, and too large a change is refused.
+travel in it, and JavaScript applies them. `explorer.html` is its template. A run of
+`extras.styles` is added where there is one. Weights are rounded to 9 bits: with 8,
+outputs change too much; with 10, two runs are too large. What rounding changes in the
+output is measured, and too large a change is refused.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import base64
 import gzip
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import utils
 
@@ -24,57 +25,70 @@ import numpy as np
 
 import q2_aae  # it also registers the layers that the encoder holds
 from files import describe_source, replacing
-from read_MNIST_M import find_file, load_digits
+from read_MNIST_M import NUM_CLASSES, find_file, load_digits
 
 TEMPLATE = Path(__file__).with_suffix(".html")
-CONTROL_DIR = Path("runs/q2_control")  # may be missing
+STYLES_DIR = Path("runs/styles")  # may be missing
 LIMIT = 8_000_000  # bytes of the page
 DIGITS = 40  # of a class whose true images travel along
 AXES = 10  # that have a slider
+LARGEST_WEIGHT = 255  # as a whole number: of 9 bits with the sign
 CHECKED = 3_000  # codes of images, and as many draws from the prior
 # How much rounding may change outputs: on average over each image or code, and at most.
 PIXEL_TOLERANCES = 3 / 255, 12 / 255  # of 0..1
 CODE_TOLERANCES = 0.1, 0.2  # of informative coordinates, which deviate by about 1
 ACTIVATIONS = "linear", "sigmoid", "gelu"  # that the page knows; gelu in its erf form
-Run = dict[str, keras.Model]  # "encoder" and "decoder"
 
 
-def load_run(folder: Path, data_digest: str, command: str) -> Run:
-    """Load a run's decoder, and its encoder up to the informative coordinates.
+class Run(NamedTuple):
+    """The networks of a run, from the files of its folder."""
 
-    `data_digest` is the SHA-256 of the data file that the run must be of; `command`
-    trains such a run.
+    folder: Path
+    encoder: keras.Model  # images (N, 784) to the informative coordinates of codes
+    decoder: keras.Model  # codes, or codes beside one-hot digits, to images
+    code_dim: int
+
+
+def load_run(folder: Path, data_digest: str, styles: bool = False) -> Run:
+    """Load a run of question 2, or one of styles, whose decoder sees the digit.
+
+    `data_digest` is the SHA-256 of the data file that the run must be of.
 
     Raises:
         UsageError: a file is missing or damaged, or the files don't belong together.
     """
+    command = "python -m extras.styles" if styles else "python q2_aae.py"
     path = folder / "networks.json"
     with utils.damage_told(path, f"the record of a run on this data; run {command}"):
         content = json.loads(path.read_text(encoding="utf-8"))
         record = {name: content[name] for name in ("data", "encoder", "decoder")}
         if record["data"] != data_digest:
             raise ValueError("the record of a run on other data")
-    run = {}
+    networks = {}
     for name in ("encoder", "decoder"):
         path = folder / f"{name}.keras"
         expected = f"the {name} of networks.json; run {command}"
         with utils.damage_told(path, expected):
-            run[name] = keras.saving.load_model(path)
-            if utils.weights_digest(run[name]) != record[name]:
+            network = networks[name] = keras.saving.load_model(path)
+            if utils.weights_digest(network) != record[name]:
                 raise ValueError("another network")
-            if not all(np.isfinite(array).all() for array in run[name].get_weights()):
+            if not all(np.isfinite(array).all() for array in network.get_weights()):
                 raise ValueError("weights that are not finite")
-    pixels, encoder = q2_aae.PIXELS, run["encoder"]
+    encoder, decoder = networks.values()
+    pixels, digits = q2_aae.PIXELS, NUM_CLASSES if styles else 0
     expected = f"networks from {pixels} pixels to a code and back; run {command}"
     with utils.damage_told(folder, expected):
-        shapes = [model.input_shape + model.output_shape for model in run.values()]
         code_dim = encoder.output_shape[-1]
-        if shapes != [(None, pixels, None, code_dim), (None, code_dim, None, pixels)]:
+        if styles:  # the one inside takes code and digit side by side
+            decoder = decoder.get_layer("decoder")
+        shapes = [(each.input_shape, each.output_shape) for each in (encoder, decoder)]
+        image, code, seen = (None, pixels), (None, code_dim), (None, code_dim + digits)
+        if shapes != [(image, code), (seen, image)]:
             raise ValueError(f"an encoder and a decoder of shapes {shapes}")
         # Its weights are all of the encoder's: the layer that appends draws has none.
         informative = encoder.get_layer("informative").output
-        run["encoder"] = keras.Model(encoder.inputs, informative)
-    return run
+        encoder = keras.Model(encoder.inputs, informative)
+    return Run(folder, encoder, decoder, code_dim)
 
 
 def load_map(folder: Path, count: int, encoder: keras.Model) -> np.ndarray:
@@ -96,51 +110,53 @@ def load_map(folder: Path, count: int, encoder: keras.Model) -> np.ndarray:
         return (points - points.min(axis=0)) / np.ptp(points, axis=0).max()
 
 
-def round_columns(values: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+def round_columns(values: np.ndarray, largest: int) -> tuple[np.ndarray, np.ndarray]:
     """Round an array (N, D) to whole numbers times a scale for each column.
 
     Returns:
-        The whole numbers, intBITS (N, D), and the scales, float32 (D,).
+        The whole numbers, int16 (N, D), in ±largest, and the scales, float32 (D,).
     """
-    largest = 2 ** (bits - 1) - 1
     scales = np.maximum(np.abs(values).max(axis=0) / largest, 1e-9).astype("<f4")
-    return np.rint(values / scales).astype(f"<i{bits // 8}"), scales
+    return np.rint(values / scales).astype(np.int16), scales
 
 
 def pack_network(
     path: Path, model: keras.Model, inputs: np.ndarray, tolerances: tuple[float, float]
-) -> tuple[dict[str, Any], bytes]:
+) -> tuple[np.ndarray, dict[str, Any], bytes]:
     """Round a file's network, and measure what this changes for inputs (N, I).
 
     Returns:
-        A description for JavaScript, in which value 0 is the input, and step i makes
-        value i + 1 from the values that `from` names; and the weights' bytes.
+        The exact outputs; a description for JavaScript, in which value 0 is the input,
+        and step i makes value i + 1 from the values that `from` names; and the bytes
+        of the weights.
 
     Raises:
         UsageError: the page can't apply the network, or rounding changes it too much.
     """
-    dense = [each for each in model.layers if isinstance(each, keras.layers.Dense)]
     rounded = keras.models.clone_model(model)
     steps, data, numbers = [], b"", {id(model.inputs[0]): 0}
     for layer in model.operations[1:]:  # the first is the input
         kind, activation = type(layer).__name__, "linear"
         sources = [numbers[id(each)] for each in keras.tree.flatten(layer.input)]
         step = {"op": kind.lower(), "from": sources, "units": layer.output.shape[-1]}
-        if layer in dense:
-            activation = layer.activation.__name__
-            bits = 16 if layer in (dense[0], dense[-1]) else 8
-            step |= {"activation": activation, "bits": bits}
+        if kind == "Dense":
+            activation = step["activation"] = layer.activation.__name__
             kernel, bias = layer.get_weights()
-            whole, scales = round_columns(kernel, bits)
+            whole, scales = round_columns(kernel, LARGEST_WEIGHT)
             rounded.get_layer(layer.name).set_weights([whole * scales, bias])
-            data += bias.astype("<f4").tobytes() + scales.tobytes() + whole.tobytes()
+            data += bias.astype("<f4").tobytes() + scales.tobytes()
+            # Without the last bit, numbers fit into bytes, which gzip packs well.
+            data += np.stack([whole >> 1, whole & 1]).astype(np.int8).tobytes()
         if kind not in ("Dense", "Add") or activation not in ACTIVATIONS:
             found = f"{path}: found a layer of kind {kind}, {activation}"
             raise utils.UsageError(f"{found}, expected what the page can apply")
         steps.append(step)
         numbers[id(layer.output)] = len(steps)
 
-    exact = predict_finite(path, model, inputs)
+    exact = utils.predict(model, inputs)
+    if not np.isfinite(exact).all():
+        found = f"{path}: found outputs that are not finite"
+        raise utils.UsageError(f"{found}, expected finite ones")
     difference = np.abs(utils.predict(rounded, inputs) - exact)
     changes = float(difference.mean(axis=1).max()), float(difference.max())
     if changes[0] > tolerances[0] or changes[1] > tolerances[1]:
@@ -150,30 +166,21 @@ def pack_network(
             f"{tolerances[1]:.3f} at most"
         )
     described = {"inputs": inputs.shape[1], "steps": steps, "checked": len(inputs)}
-    return described | {"mean_change": changes[0], "largest_change": changes[1]}, data
+    described |= {"mean_change": changes[0], "largest_change": changes[1]}
+    return exact, described, data
 
 
-def predict_finite(path: Path, model: keras.Model, inputs: np.ndarray) -> np.ndarray:
-    """Return what the model of a file makes of inputs, if all of it is finite."""
-    outputs = utils.predict(model, inputs)
-    if not np.isfinite(outputs).all():
-        found = f"{path}: found outputs that are not finite"
-        raise utils.UsageError(f"{found}, expected finite ones")
-    return outputs
-
-
-def rank_axes(run: Run) -> list[dict[str, float]]:
+def rank_axes(run: Run, inputs: np.ndarray) -> list[dict[str, float]]:
     """Rank informative coordinates by how much the image changes from -1 to +1.
 
-    `change` is the mean squared change of a pixel, in 0..1, about random codes.
+    `change` is the mean squared change of a pixel, in 0..1, about the decoder's inputs.
     """
-    count, code_dim = run["encoder"].output_shape[-1], run["decoder"].input_shape[-1]
-    codes = np.random.default_rng(0).standard_normal((32, code_dim))
-    moved = np.tile(codes, (count, 2, 1, 1))
+    count = run.encoder.output_shape[-1]
+    moved = np.tile(inputs, (count, 2, 1, 1))
     for axis in range(count):
         moved[axis, 0, :, axis] = -1
         moved[axis, 1, :, axis] = 1
-    images = utils.predict(run["decoder"], moved.reshape(-1, code_dim))
+    images = utils.predict(run.decoder, moved.reshape(-1, inputs.shape[1]))
     low, high = images.reshape(count, 2, -1).transpose(1, 0, 2)
     changes = np.square(high - low).mean(axis=1)
     first = np.argsort(changes)[::-1][:AXES].tolist()
@@ -186,12 +193,12 @@ def collect(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, byte
     if labels is None:
         expected = "labels (--labels names their file)"
         raise utils.UsageError(f"{options.data}: found no labels, expected {expected}")
-    digest, command = describe_source(options.data)["sha256"], "python q2_aae.py"
-    folders = {"main": options.run_dir, "control": options.control_dir or CONTROL_DIR}
-    runs = {"main": load_run(folders["main"], digest, command)}
-    if options.control_dir or CONTROL_DIR.exists():
-        runs["control"] = load_run(folders["control"], digest, f"{command} --control")
-    points = load_map(options.run_dir, len(images), runs["main"]["encoder"])
+    digest = describe_source(options.data)["sha256"]
+    runs = {"main": load_run(options.run_dir, digest)}
+    if options.styles_dir or STYLES_DIR.exists():
+        folder = options.styles_dir or STYLES_DIR
+        runs["styles"] = load_run(folder, digest, styles=True)
+    points = load_map(options.run_dir, len(images), runs["main"].encoder)
 
     numbers = [np.flatnonzero(labels == digit)[:DIGITS] for digit in range(10)]
     numbers = np.concatenate(numbers)
@@ -199,27 +206,26 @@ def collect(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, byte
     blobs = {"digits": images[numbers].tobytes()}
     images, rng = utils.unit_floats(images), np.random.default_rng(0)
     for name, run in runs.items():
-        path = folders[name] / "encoder.keras"
-        codes = predict_finite(path, run["encoder"], images)
-        meta[name] = {"informative": codes.shape[1]}
+        path = run.folder / "encoder.keras"
+        codes, encoder, data = pack_network(path, run.encoder, images, CODE_TOLERANCES)
+        blobs[f"{name}-encoder"] = data
         if name == "main":
-            whole, scales = round_columns(codes, 8)
+            whole, scales = round_columns(codes, 127)
             blobs["map"] = np.rint(points * 65535).T.astype("<u2").tobytes()
             blobs["map"] += labels.astype(np.uint8).tobytes()
-            blobs["map"] += scales.tobytes() + whole.tobytes()
-            packed = pack_network(path, run["encoder"], images, CODE_TOLERANCES)
-            meta[name]["encoder"], blobs["main-encoder"] = packed
-        else:  # its encoder stays behind; some codes travel
-            whole, scales = round_columns(codes[numbers], 8)
-            blobs["control-codes"] = scales.tobytes() + whole.tobytes()
+            blobs["map"] += scales.tobytes() + whole.astype(np.int8).tobytes()
         some = codes[rng.permutation(len(codes))[:CHECKED]]
-        shape = len(some) + CHECKED, run["decoder"].input_shape[-1]
-        checked = rng.standard_normal(shape).astype(np.float32)
-        checked[: len(some), : some.shape[1]] = some  # the rest are draws
-        path = folders[name] / "decoder.keras"
-        packed = pack_network(path, run["decoder"], checked, PIXEL_TOLERANCES)
-        meta[name]["decoder"], blobs[f"{name}-decoder"] = packed
-        meta[name]["axes"] = rank_axes(run)
+        shape = len(some) + CHECKED, run.decoder.input_shape[-1]
+        inputs = rng.standard_normal(shape, np.float32)
+        inputs[: len(some), : some.shape[1]] = some  # the rest are draws
+        one_hot = np.eye(shape[1] - run.code_dim)  # empty where it sees no digit
+        inputs[:, run.code_dim :] = np.resize(one_hot, (shape[0], len(one_hot)))
+        path = run.folder / "decoder.keras"
+        _, decoder, data = pack_network(path, run.decoder, inputs, PIXEL_TOLERANCES)
+        blobs[f"{name}-decoder"] = data
+        meta[name] = {"informative": codes.shape[1], "code_dim": run.code_dim}
+        meta[name] |= {"encoder": encoder, "decoder": decoder}
+        meta[name]["axes"] = rank_axes(run, inputs[-32:])
     return meta, blobs
 
 
@@ -245,8 +251,8 @@ def main() -> None:
     parser = utils.OneLineParser(description="Write question 2's runs as a page.")
     common = {"type": given_path, "metavar": "PATH", "help": "default: %(default)s"}
     parser.add_argument("--run-dir", default=Path("runs/q2"), **common)
-    text = f"default: {CONTROL_DIR} if it exists"
-    parser.add_argument("--control-dir", **common | {"help": text})
+    text = f"default: {STYLES_DIR} if it exists"
+    parser.add_argument("--styles-dir", **common | {"help": text})
     parser.add_argument("--data", default=Path("data.npy"), **common)
     text = "labels of a data file without (default: label.npy beside it, if there)"
     parser.add_argument("--labels", **common | {"help": text})
@@ -254,7 +260,7 @@ def main() -> None:
     parser.add_argument("--output", default=output, **common)
     options = parser.parse_args()
     options.data = find_file(options.data)
-    print("Reading the runs and rounding their networks: a minute.", flush=True)
+    print("Reading the runs and rounding their networks: a minute or two.", flush=True)
     page = write_page(*collect(options))
     if len(page) > LIMIT:
         raise utils.UsageError(

@@ -1,8 +1,8 @@
 """The page of question 2's runs, in a real browser without a network."""
 
 import json
-import shutil
 import sys
+from shutil import copytree, which
 
 import utils
 
@@ -11,42 +11,26 @@ import numpy as np
 import pytest
 
 import q2_aae as q2
-from extras import explorer
+from extras import explorer, styles
 from files import describe_source, write_json
 from read_MNIST_M import load_digits
 
-BROWSERS = "chromium", "chromium-browser", "google-chrome", "chrome"
-BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+BROWSER = which("chromium") or which("chromium-browser") or which("google-chrome")
 DIM, INFORMATIVE = 12, 4
+SMALL = q2.DEFAULT._replace(hidden=(48, 48), informative=INFORMATIVE)
 RNG = np.random.default_rng(0)
 AS_JSON = "(_, value) => ArrayBuffer.isView(value) ? [...value] : value"
-NOISY_CANVAS = """
-CanvasRenderingContext2D.prototype.getImageData = (x, y, width, height) => {
-  const picture = new ImageData(width, height);
-  picture.data.forEach((_, i, data) => { data[i] = Math.random() * 256; });
-  return picture;
-};"""
+ALTERED = "CanvasRenderingContext2D.prototype.getImageData = "
+ALTERED += "(x, y, width, height) => new ImageData(width, height)"  # all blank
 
 
 def save_networks(folder, *networks, **record):
-    """Save networks of a run, and enter them in its record."""
     path = folder / "networks.json"
     before = json.loads(path.read_text()) if path.exists() else {}
     for network in networks:
         network.save(folder / f"{network.name}.keras")
         record[network.name] = utils.weights_digest(network)
     write_json(path, before | record)
-
-
-def save_run(folder, data, **changes):
-    keras.utils.set_random_seed(0)
-    recipe = q2.DEFAULT._replace(hidden=(48, 48), **changes)
-    encoder, decoder = q2.build_encoder(DIM, recipe), q2.build_decoder(DIM, recipe)
-    # Untrained, codes are all near zero, and images are all grey.
-    for layer in (encoder.get_layer("informative"), decoder.layers[-1]):
-        layer.kernel.assign(8 * layer.kernel)
-    folder.mkdir()
-    save_networks(folder, encoder, decoder, data=describe_source(data)["sha256"])
 
 
 def save_map(folder, points, **changes):
@@ -65,12 +49,20 @@ def made(tiny_data, tmp_path_factory):
     """A folder with two untrained runs and their page."""
     folder, data = tmp_path_factory.mktemp("explorer"), tiny_data / "data.npy"
     images = utils.unit_floats(load_digits(data)[0].images)
-    save_run(folder / "q2", data, informative=INFORMATIVE)
-    save_run(folder / "q2_control", data, informative=None, decoder_skips=False)
+    keras.utils.set_random_seed(0)
+    kinds = {"q2": q2.AdversarialAutoencoder, "styles": styles.StyleAutoencoder}
+    for name, kind in kinds.items():
+        model = kind(DIM, SMALL)
+        for network in (model.encoder, model.decoder):
+            kernel = network.trainable_variables[-2]  # of the last layer
+            kernel.assign(8 * kernel)  # else codes are all near zero, images all grey
+        (folder / name).mkdir()
+        save_networks(folder / name, data=describe_source(data)["sha256"])
+        save_networks(folder / name, model.encoder, model.decoder)
     save_map(folder / "q2", RNG.normal(0, 9, (len(images), 2)).astype(np.float32))
     arguments = ["--data", data, "--run-dir", folder / "q2"]
-    control = ["--control-dir", folder / "q2_control"]
-    write_page(*arguments, *control, "--output", folder / "page.html")
+    output = ["--styles-dir", folder / "styles", "--output", folder / "page.html"]
+    write_page(*arguments, *output)
     return folder, arguments, images
 
 
@@ -78,8 +70,7 @@ def made(tiny_data, tmp_path_factory):
 def browser():
     if BROWSER is None:
         pytest.skip("there is no Chromium: apt-get install chromium")
-    reason = "there is no playwright: pip install playwright"
-    api = pytest.importorskip("playwright.sync_api", reason=reason)
+    api = pytest.importorskip("playwright.sync_api", reason="there is no playwright")
     with api.sync_playwright() as playwright:
         options = {"executable_path": BROWSER, "args": ["--no-sandbox"]}
         launched = playwright.chromium.launch(timeout=120_000, **options)
@@ -90,31 +81,31 @@ def browser():
 @pytest.fixture
 def opened(browser):
     """Return a function that opens a page offline; no word of it is let pass."""
-    contexts, words = [], []
-
-    def requested(request):
-        if not request.url.startswith(("file:", "data:", "blob:")):
-            words.append(request.url)
+    pages, words, local = [], [], ("file:", "data:", "blob:")
 
     def open_page(path, width=1200, script=""):
-        size = {"width": width, "height": 900}
-        options = {"viewport": size, "offline": True, "reduced_motion": "reduce"}
-        contexts.append(browser.new_context(**options))
-        page = contexts[-1].new_page()
+        options = {"offline": True, "reduced_motion": "reduce"}
+        page = browser.new_page(viewport={"width": width, "height": 900}, **options)
+        pages.append(page)
         page.add_init_script(script)
         page.set_default_timeout(60_000)
         page.on("console", lambda message: words.append(message.text))
         page.on("pageerror", lambda error: words.append(str(error)))
-        page.on("request", requested)
+        page.on("request", lambda request: words.append(request.url))
         page.goto(path.as_uri())
         page.evaluate("explorer.ready")
         assert page.locator("#notice").is_hidden(), page.inner_text("#notice")
         return page
 
     yield open_page
-    for context in contexts:
-        context.close()
-    assert words == []
+    for page in pages:
+        page.close()
+    assert [word for word in words if not word.startswith(local)] == []
+
+
+@pytest.fixture
+def page(made, opened):
+    return opened(made[0] / "page.html")
 
 
 def until(page, condition):
@@ -128,46 +119,27 @@ def until(page, condition):
 
 def array(page, expression):
     """Return an array of the page, as text, for Playwright is slow with numbers."""
-    return np.array(
-        json.loads(page.evaluate(f"JSON.stringify({expression}, {AS_JSON})"))
-    )
+    text = page.evaluate(f"JSON.stringify({expression}, {AS_JSON})")
+    return np.array(json.loads(text))
 
 
-def drawn(page, name):
-    return array(page, f"document.getElementById('{name}').images")
+def drawn(page, selector):
+    canvases = f"[...document.querySelectorAll('{selector}')]"
+    return array(page, f"{canvases}.flatMap((canvas) => canvas.images)")
 
 
-def decoded(page, run, codes):
-    return array(page, f"{codes}.map((code) => explorer.decode('{run}', code))")
+def pixel(name):
+    return f"document.getElementById('{name}').images[0][400]"
 
 
-def test_networks_are_kerass(made, opened):
-    folder, _, images = made
-    page = opened(folder / "page.html")
-    codes = RNG.standard_normal((20, DIM)).astype(np.float32)
-    for run, name in (("main", "q2"), ("control", "q2_control")):
-        decoder = keras.saving.load_model(folder / name / "decoder.keras")
-        known = decoder.predict(codes, verbose=0)
-        assert known.std() > 0.05  # else any decoder would pass
-        difference = np.abs(known - decoded(page, run, codes.tolist()))
-        assert difference.mean(axis=1).max() < 3 / 255
-        assert difference.max() < 12 / 255
-    encoder = keras.saving.load_model(folder / "q2" / "encoder.keras")
-    known = encoder.predict(images[:5], verbose=0)[:, :INFORMATIVE]
-    assert known.std() > 0.5
-    found = array(page, f"{images[:5].tolist()}.map((image) => explorer.encode(image))")
-    assert found == pytest.approx(known, abs=0.1)
-    completed = "explorer.complete('main', [1, 2, 3, 4])"
-    code = array(page, completed)
-    assert len(code) == DIM and (code[:INFORMATIVE] == [1, 2, 3, 4]).all()
-    assert (array(page, completed) == code).all()  # so that no picture flickers
-    facts = page.inner_text("#facts")
-    assert f"Over {len(images) + 3000:,} codes decoded by the main run" in facts
-    assert f"Over {len(images)} encoded images" in facts
+def assert_kerass(found, path, inputs):
+    """Check what the page makes of inputs; of a code, the informative coordinates."""
+    known = keras.saving.load_model(path).predict(inputs, verbose=0)[:, : len(found[0])]
+    assert known.std() > 0.05  # else any network would pass
+    assert np.abs(known - found).max() < 12 / 255
 
 
-def test_a_stroke_is_centred_encoded_and_restored(made, opened):
-    page = opened(made[0] / "page.html")
+def test_a_stroke_is_centred_encoded_and_restored(made, page):
     page.locator("#pad").scroll_into_view_if_needed()
     box = page.locator("#pad").bounding_box()
     page.mouse.move(box["x"] + 60, box["y"] + 40)
@@ -176,61 +148,80 @@ def test_a_stroke_is_centred_encoded_and_restored(made, opened):
         page.mouse.move(box["x"] + x, box["y"] + y, steps=3)
     page.mouse.up()
     until(page, "explorer.pad.image !== null")
-    image = drawn(page, "drawn-input").reshape(28, 28)
+    image = drawn(page, "#drawn-input").reshape(28, 28)
     weights, places = image / image.sum(), np.arange(28)
     assert weights.sum(axis=1) @ places == pytest.approx(14, abs=0.1)
     assert weights.sum(axis=0) @ places == pytest.approx(14, abs=0.1)
     high, wide = ((image > 0.02).any(axis=axis).sum() for axis in (1, 0))
     assert 19 <= max(high, wide) <= 21 and ((image > 0.1) & (image < 0.9)).any()
-    code = "explorer.complete('main', explorer.encode(explorer.pad.image))"
-    known = array(page, f"explorer.decode('main', {code})")
-    assert drawn(page, "drawn-decoded")[0] == pytest.approx(known)
-    cells = "[...document.querySelectorAll('#drawn-draws canvas')]"
-    others = array(page, f"{cells}.map((each) => each.images[0])")
+    code = "explorer.complete('main', explorer.encode('main', explorer.pad.image))"
+    code, run = array(page, code), made[0] / "q2"
+    assert_kerass([code[:INFORMATIVE]], run / "encoder.keras", image.reshape(1, 784))
+    restored = drawn(page, "#drawn-decoded")
+    assert_kerass(restored, run / "decoder.keras", code[np.newaxis])
+    others = drawn(page, "#drawn-draws canvas")
     assert len(others) == 6 and others.std(axis=0).max() > 1e-3
     page.click("#other-draws")
-    pixel = "document.getElementById('drawn-decoded').images[0][400]"
-    until(page, f"{pixel} !== {known[400]}")
+    until(page, f"{pixel('drawn-decoded')} !== {restored[0][400]}")
     assert "nearest training codes" in page.inner_text("#drawn-text")
     page.click("#pad-clear")
     until(page, "explorer.pad.image === null")
 
 
-def test_a_seed_fixes_the_grid_of_both_runs(made, opened):
-    page = opened(made[0] / "page.html")
+def test_a_style_is_read_and_written_as_keras_does(made, page):
+    run = made[0] / "styles"
 
+    def shown():
+        """Check the ten digits and the sliders; return the code."""
+        code, ten = array(page, "explorer.moved.styles"), drawn(page, "#styles-all *")
+        assert ten.std(axis=0).max() > 0.05  # else any digit would pass
+        assert_kerass(ten, run / "decoder.keras", [np.tile(code, (10, 1)), np.eye(10)])
+        digit = int(page.input_value("#styles-class"))
+        assert (drawn(page, "#styles-digit") == ten[digit]).all()
+        sliders = page.locator("#sliders-styles input").all()
+        places = [float(slider.input_value()) for slider in sliders]
+        known = sorted(code[:INFORMATIVE].clip(-3, 3))
+        assert sorted(places) == pytest.approx(known, abs=0.026)
+        return code
+
+    page.click("#styles-drawing")
+    assert page.inner_text("#styles-text") == "Nothing is drawn yet."
+    page.click("#pad-example")
+    until(page, "explorer.pad.image !== null")
+    known = {"drawing": drawn(page, "#drawn-input"), "training": made[2]}
+    for source, images in known.items():
+        page.click(f"#styles-{source}")
+        image, code = drawn(page, "#styles-source"), shown()
+        assert np.abs(images - image).max(axis=1).min() < 1e-6
+        assert_kerass([code[:INFORMATIVE]], run / "encoder.keras", image)
+    page.select_option("#styles-class", "7")
+    assert (shown() == code).all()
+    page.click("#styles-new")
+    assert (shown() != code).all() and drawn(page, "#styles-source") == [None]
+
+
+def test_a_seed_fixes_the_grid(made, page):
     def grid(seed):
         page.fill("#seed", str(seed))
         page.press("#seed", "Enter")
-        for run in ("main", "control"):
-            text = f"document.getElementById('prior-{run}').ariaLabel"
-            until(page, f"{text}.includes('seed {seed},')")
-        return drawn(page, "prior-main"), drawn(page, "prior-control")
+        page.locator(f"#prior[aria-label*='seed {seed},']").wait_for()
+        return drawn(page, "#prior")
 
     first, other, again = grid(7), grid(8), grid(7)
     codes = array(page, f"explorer.draws(7, 40, {DIM})")
     assert abs(codes.mean()) < 0.15 and abs(codes.std() - 1) < 0.15
-    for number, run in enumerate(("main", "control")):
-        assert (first[number] == again[number]).all()
-        assert np.abs(first[number] - other[number]).max() > 0.01
-        known = decoded(page, run, codes.tolist())
-        assert first[number] == pytest.approx(known)
+    assert_kerass(first, made[0] / "q2" / "decoder.keras", codes)
+    assert (first == again).all() and np.abs(first - other).max() > 0.01
 
 
-def test_every_control_is_reached_and_worked_by_keys(made, opened):
-    page = opened(made[0] / "page.html")
-    wanted = page.evaluate(
-        "[...document.querySelectorAll('a, button, select, input, [tabindex]')]"
-        ".filter((e) => e.offsetParent && (e.type !== 'radio' || e.checked)).length"
-    )
-    found = set()
-    for number in range(wanted):
+def test_every_control_is_reached_and_worked_by_keys(page):
+    wanted = page.locator(":is(a, button, select, input, [tabindex]):visible").count()
+    focus = "document.activeElement"
+    outline = f"{focus}.dataset.outline = getComputedStyle({focus}).outlineStyle"
+    for _ in range(wanted):
         page.keyboard.press("Tab")
-        focus = "(document.activeElement.dataset.n ??= n, "
-        focus += "getComputedStyle(document.activeElement).outlineStyle)"
-        assert page.evaluate(f"(n) => {focus}", number) != "none"
-        found.add(page.evaluate("document.activeElement.dataset.n"))
-    assert len(found) == wanted > 40
+        assert page.evaluate(outline) != "none"
+    assert page.locator("[data-outline]").count() == wanted > 40
 
     for selector, key, state in (
         ("#map", "+", "explorer.view.zoom"),
@@ -238,9 +229,11 @@ def test_every_control_is_reached_and_worked_by_keys(made, opened):
         ("#map", "Enter", "explorer.chosen.kept"),
         ("#position", "ArrowLeft", "explorer.walk.at"),
         ("#play", "Enter", "explorer.walk.playing"),
-        ("#class-0", "ArrowDown", "explorer.walk.ends[0]"),
-        ("#axis-0", "ArrowRight", "document.querySelector('#axes-digit').images[0][9]"),
-        ("#runs input", "ArrowDown", "document.querySelector('#runs input').checked"),
+        ("#class-0", "ArrowDown", "explorer.walk.codes[0][0]"),
+        ("#axis-main-0", "ArrowRight", pixel("axes-digit")),
+        ("#axis-styles-0", "ArrowRight", pixel("styles-digit")),
+        ("#styles-class", "ArrowDown", pixel("styles-digit")),
+        ("#styles-new", "Enter", "explorer.moved.styles[0]"),
         ("#pad", "Space", "explorer.pad.strokes.length"),
         ("#pad", "ArrowDown", "explorer.pad.strokes[0].length"),
         ("#legend button", "Enter", "explorer.chosen.digit"),
@@ -251,29 +244,33 @@ def test_every_control_is_reached_and_worked_by_keys(made, opened):
         until(page, f"{state} !== {json.dumps(before)}")
 
 
-@pytest.mark.parametrize("width", [360, 1600])
+@pytest.mark.parametrize("width", [320, 1600])
 def test_nothing_is_wider_than_the_window(made, opened, width):
     page = opened(made[0] / "page.html", width)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-def test_an_absent_control_leaves_no_empty_parts(made, opened, tmp_path, monkeypatch):
+def test_without_styles_a_sentence_stands(made, page, opened, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_page(*made[1])
-    page = opened(tmp_path / "figures" / "q2_explorer.html")
-    assert page.locator("#prior-main").is_visible()
-    assert page.locator("#prior-control").is_hidden()
+    lone = opened(tmp_path / "figures" / "q2_explorer.html")
+    assert "make styles" in lone.inner_text("#part-styles")
+    assert lone.locator("#styles-present").is_hidden()
+    assert page.locator("#styles-absent").is_hidden()
+    for each, runs in ((lone, 1), (page, 2)):
+        facts, count = each.inner_text("#facts"), len(made[2])
+        assert facts.count(f"Over {count + 3000:,} codes decoded by the") == runs
+        assert facts.count(f"over {count} encoded images") == runs
 
 
 def test_a_browser_that_alters_pictures_is_told(made, opened):
-    page = opened(made[0] / "page.html", script=NOISY_CANVAS)
+    page = opened(made[0] / "page.html", script=ALTERED)
     page.click("#pad-example")
     until(page, "document.getElementById('drawn-text').textContent.includes('alters')")
     assert page.evaluate("explorer.pad.image") is None
 
 
-def test_a_saved_page_works(made, opened, tmp_path):
-    page = opened(made[0] / "page.html")
+def test_a_saved_page_works(page, opened, tmp_path):
     path = tmp_path / "saved.html"
     path.write_text(page.evaluate("document.documentElement.outerHTML"), "utf-8")
     saved = opened(path)
@@ -283,17 +280,15 @@ def test_a_saved_page_works(made, opened, tmp_path):
     until(saved, "explorer.pad.image !== null")
 
 
-def test_a_damaged_page_says_so(made, opened, tmp_path):
-    page = opened(made[0] / "page.html")
+def test_a_damaged_page_says_so(made, page, tmp_path):
     text, path = (made[0] / "page.html").read_text("utf-8"), tmp_path / "damaged.html"
     blob = text.split('id="blob-main-decoder">')[1].split("</script>")[0]
     part = blob[5000:5040]
     cuts = "header nav, main", ".page {", 'id="part-walk"', part, "function start"
     damaged = [text.split(cut)[0] for cut in cuts]
     damaged += [text.replace(part, other) for other in ("", "!", 40 * "A")]
-    damaged.append(text.replace(blob, blob[:5000]))
-    damaged.append(text.replace("blob-main-decoder", "other"))
-    damaged.append(text.replace('"blob-meta">', '"blob-meta">H4sI'))
+    changes = {blob: blob[:5000], 'blob-meta">': 'blob-meta">H4', "blob-main-d": "d"}
+    damaged += [text.replace(*change) for change in changes.items()]
     for content in damaged:
         path.write_text(content, "utf-8")
         page.goto(path.as_uri())
@@ -302,45 +297,43 @@ def test_a_damaged_page_says_so(made, opened, tmp_path):
         assert page.locator("canvas:visible").count() == 0
 
 
-def spoil_decoder(folder, value, code_dim=DIM):
-    decoder = q2.build_decoder(code_dim, q2.DEFAULT._replace(hidden=(48, 48)))
+def spoil_decoder(folder, value):
+    decoder = q2.build_decoder(DIM, SMALL)
     kernel = decoder.layers[2].kernel  # of the second hidden layer
     kernel.assign(np.where(np.eye(48), value, kernel))
     save_networks(folder, decoder)
 
 
 @pytest.mark.parametrize(
-    "spoil, told",
+    "name, spoil, told",
     [
-        (lambda run: (run / "networks.json").unlink(), "networks.json: found"),
-        (lambda run: (run / "networks.json").write_text("{"), "networks.json: found"),
-        (lambda run: save_networks(run, data="0"), "a run on other data"),
-        (lambda run: save_networks(run, decoder="0"), "decoder.keras: found another"),
-        (lambda run: (run / "decoder.keras").write_bytes(b"PK"), "decoder.keras: fou"),
-        (lambda run: spoil_decoder(run, np.nan), "weights that are not finite"),
-        (lambda run: spoil_decoder(run, 3e38), "outputs that are not finite"),
-        (lambda run: spoil_decoder(run, 3e3), "rounding changes an output by"),
-        (lambda run: spoil_decoder(run, 0, code_dim=9), "of shapes [("),
-        (lambda run: (run / "tsne.npz").unlink(), "tsne.npz: found"),
-        (lambda run: save_map(run, np.eye(2)), "points of shape (2, 2)"),
-        (lambda run: save_map(run, np.full((420, 2), np.inf)), "not finite"),
-        (lambda run: save_map(run, np.eye(2), encoder="0"), "another encoder's codes"),
+        ("q2", lambda run: save_networks(run, decoder="0"), "found another network"),
+        ("q2", lambda run: spoil_decoder(run, np.nan), "weights that are not finite"),
+        ("q2", lambda run: spoil_decoder(run, 3e38), "outputs that are not finite"),
+        ("q2", lambda run: spoil_decoder(run, 3e3), "rounding changes an output by"),
+        ("q2", lambda run: (run / "tsne.npz").unlink(), "tsne.npz: found"),
+        ("q2", lambda run: save_map(run, np.eye(2)), "points of shape (2, 2)"),
+        ("q2", lambda run: save_map(run, np.full((420, 2), np.inf)), "not finite"),
+        ("q2", lambda run: save_map(run, np.eye(2), encoder="0"), "another encoder"),
+        ("styles", lambda run: save_networks(run, data="0"), "a run on other data"),
+        ("styles", lambda run: (run / "decoder.keras").write_bytes(b"PK"), "keras: fo"),
+        ("styles", lambda run: spoil_decoder(run, 0), "found No such layer: decoder"),
     ],
 )
-def test_parts_that_do_not_fit_are_refused(
-    made, refused, tmp_path, monkeypatch, spoil, told
-):
+def test_misfits_are_refused(made, refused, tmp_path, monkeypatch, name, spoil, told):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(made[0] / "q2", "runs/q2")
-    spoil(tmp_path / "runs/q2")
-    assert told in refused(explorer.main, *made[1][:2])
+    copytree(made[0], "runs")
+    spoil(tmp_path / "runs" / name)
+    error = refused(explorer.main, *made[1][:2])
+    assert told in error and ("-m extras.styles" in error) == (name == "styles")
     assert not (tmp_path / "figures").exists()
 
 
 def test_a_wrong_path_is_told(made, refused):
     for option, value, told in (
-        ("--control-dir", "nosuch", "nosuch/networks.json: found"),
+        ("--styles-dir", "nosuch", "nosuch/networks.json: found"),
         ("--run-dir", "nosuch", "run python q2_aae.py"),
+        ("--run-dir", made[0] / "styles", "an encoder and a decoder of shapes [("),
         ("--data", "", "--data: found an empty path"),
         ("--labels", "nosuch.npy", "nosuch.npy"),
     ):
