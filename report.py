@@ -272,6 +272,14 @@ def styles(metrics: Metrics) -> str:
     return f"{figure}\n\n{q2_run(metrics)}"
 
 
+def styles_seed(metrics: Metrics) -> str:
+    """Return the main numbers of a further run of styles in a sentence."""
+    names = "test MSE", "Fréchet", "clear digits", "the digit asked for", "5-NN"
+    names = *names, "fresh D that sees the digit"
+    shown = [f"{name} {cell(name, measured(metrics, name))}" for name in names]
+    return f"Seed {metrics['seed']}: {', '.join(shown)}."
+
+
 # Reports -----------------------------------------------------------------------------
 
 # By metrics file: the blocks that it fills. Comparisons come last, for they show runs.
@@ -289,8 +297,8 @@ BLOCKS: dict[str, dict[str, Callable[[Metrics], str]]] = {
     "q2_control_metrics.json": {"q2.control": q2_run},
     "course/q2_metrics.json": {"q2.course": q2_run},
     "styles_metrics.json": {"styles": styles},
-    "styles-1/styles_metrics.json": {"styles.1": q2_run},
-    "styles-2/styles_metrics.json": {"styles.2": q2_run},
+    "styles-1/styles_metrics.json": {"styles.1": styles_seed},
+    "styles-2/styles_metrics.json": {"styles.2": styles_seed},
     "q1_comparisons_metrics.json": {"q1.comparisons": q1_rows},
     "q2_comparisons_metrics.json": {
         "q2.seeds": q2_seeds,

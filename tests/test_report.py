@@ -130,6 +130,11 @@ def test_question_2s_blocks_have_the_runs_numbers_or_say_why_not(tmp_path):
     assert "| test MSE | 0.01235 |" in block(text, "q2.control")
     assert "5-NN |" not in block(text, "q2.control")
     assert "91.0% on the code, 92.0% on as many" in block(text, "q2.summary")
+    styles = Q2 | {"obedience": 0.985, "fresh_discriminator": 0.6}
+    (tmp_path / "figures" / "styles-1").mkdir()
+    text = rendered(tmp_path, **{"styles-1/styles": styles})
+    told = "Fréchet 3.21, clear digits 83.0%, the digit asked for 98.5%, 5-NN 91.0%"
+    assert told in block(text, "styles.1")
     text = rendered(tmp_path, q2=Q2 | UNLABELLED)
     assert "takes labels" in block(text, "q2.samples")
     assert "at most" not in block(text, "q2.neighbours")
