@@ -87,7 +87,9 @@ def q1_rows(metrics: Metrics) -> str:
         errors = row["validation_mse"], row["test_mse"], row["pca_test_mse"]
         ratio = row["test_mse"] / row["pca_test_mse"]
         shown = [f"{error:.5f}" for error in errors] + [f"{ratio:.2f}"]
-        rows.append((f"{row['title']} (`{name}`)", str(row["code_dim"]), *shown))
+        rows.append(
+            (f"{row['title']}{row['mark']} (`{name}`)", str(row["code_dim"]), *shown)
+        )
     rows.sort(key=lambda row: int(row[1]))
     header = "autoencoder", "code", "validation MSE", "test MSE", "PCA test MSE"
     return markdown_table((*header, "ratio"), rows)
@@ -126,7 +128,6 @@ MEASURES = {
 }
 COMPARED = list(MEASURES)[:8]
 OF_SEEDS = [name for name in MEASURES if name not in ("precision", "recall")][:11]
-SUMMARISED = "fresh D", "clear digits", "5-NN"
 
 
 def measured(run: Metrics, name: str) -> float | None:
@@ -146,7 +147,8 @@ def cell(name: str, value: float | None) -> str:
 
 def q2_summary(metrics: Metrics) -> str:
     """Return question 2's results in a sentence each."""
-    fresh, clear, known = [measured(metrics, name) for name in SUMMARISED]
+    fresh = measured(metrics, "fresh D")
+    clear, known = measured(metrics, "clear digits"), measured(metrics, "5-NN")
     text = (
         f"A newly trained discriminator tells codes from draws in {fresh:.1%} of cases"
     )
@@ -250,7 +252,7 @@ def q2_seeds(metrics: Metrics) -> str:
             summary = sum(values) / len(values), min(values), max(values)
             *shown, least, most = [cell(name, value) for value in (*values, *summary)]
             rows.append((name, *shown, f"{least} .. {most}"))
-    seeds = [f"seed {run['seed']}{STALE * run['is_stale']}" for run in runs]
+    seeds = [f"seed {run['seed']}{run['mark']}" for run in runs]
     return markdown_table(["measure", *seeds, "mean", "range"], rows)
 
 
@@ -260,7 +262,9 @@ def q2_rows(metrics: Metrics, long: bool) -> str:
     for name, row in metrics["rows"].items():
         if row["long"] == long:
             cells = [cell(each, measured(row, each)) for each in COMPARED]
-            rows.append((f"{row['title']} (`{name}`)", str(row["epochs"]), *cells))
+            rows.append(
+                (f"{row['title']}{row['mark']} (`{name}`)", str(row["epochs"]), *cells)
+            )
     if not rows:
         return "There are no rows of this kind here."
     return markdown_table(("what was trained", "epochs", *COMPARED), rows)
@@ -274,8 +278,8 @@ def styles(metrics: Metrics) -> str:
 
 def styles_seed(metrics: Metrics) -> str:
     """Return the main numbers of a further run of styles in a sentence."""
-    names = "test MSE", "Fréchet", "clear digits", "the digit asked for", "5-NN"
-    names = *names, "fresh D that sees the digit"
+    names = ["test MSE", "Fréchet", "clear digits", "the digit asked for", "5-NN"]
+    names.append("fresh D that sees the digit")
     shown = [f"{name} {cell(name, measured(metrics, name))}" for name in names]
     return f"Seed {metrics['seed']}: {', '.join(shown)}."
 
@@ -315,7 +319,7 @@ ROW_KEYS = {"q1": {"validation_mse"}, "q2": {"informative_match", "prior_match"}
 def with_own_runs(question: str, comparisons: Metrics, runs: Metrics) -> Metrics:
     """Return comparisons whose rows of the scripts' own runs are taken from `runs`.
 
-    A row of other code or data than the script's own run has a dagger in its title.
+    Each row gets a `mark`, `STALE` for other code or data than the script's own run.
     """
     files = {"default": f"{question}_metrics.json"}
     files["control"] = f"{question}_control_metrics.json"
@@ -330,9 +334,9 @@ def with_own_runs(question: str, comparisons: Metrics, runs: Metrics) -> Metrics
             rows[name] = runs[file] | shown | source
     rows |= {k: v for k, v in comparisons["rows"].items() if k not in files}
     for name, row in rows.items():
-        stale = bool(own) and (row.get("code"), row.get("data")) != made_by
-        title = f"{row.get('title', name)}{STALE * stale}"
-        rows[name] = row | {"title": title, "is_stale": stale}
+        is_stale = own and (row.get("code"), row.get("data")) != made_by
+        mark = STALE if is_stale else ""
+        rows[name] = row | {"title": row.get("title", name), "mark": mark}
     return {"rows": rows}
 
 

@@ -239,17 +239,14 @@ def write_page(meta: dict[str, Any], blobs: dict[str, bytes]) -> bytes:
     return page.replace("<!-- DATA -->", "\n".join(tags)).encode()
 
 
-def given_path(text: str) -> Path:
-    """Read a path from the command line."""
-    if not text:
-        raise argparse.ArgumentTypeError("found an empty path")
-    return Path(text)
-
-
 def main() -> None:
     """Write the page."""
     parser = utils.OneLineParser(description="Write question 2's runs as a page.")
-    common = {"type": given_path, "metavar": "PATH", "help": "default: %(default)s"}
+    common = {
+        "type": utils.path_name,
+        "metavar": "PATH",
+        "help": "default: %(default)s",
+    }
     parser.add_argument("--run-dir", default=Path("runs/q2"), **common)
     text = f"default: {STYLES_DIR} if it exists"
     parser.add_argument("--styles-dir", **common | {"help": text})
