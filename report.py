@@ -21,6 +21,7 @@ from typing import Any
 from files import read_json, replacing
 
 STALE = "†"  # marks a row of other code or data than the script's own run
+OTHER_CODE = "This run is of other code than the one that the report shows."
 Metrics = Mapping[str, Any]
 
 
@@ -373,7 +374,12 @@ def update(figures: Path = Path("figures"), report: Path = Path("report.md")) ->
                     if not ROW_KEYS[question] <= row.keys():
                         problems.append(f"{path}: row {name} is left out: old layout")
                         del metrics["rows"][name]
-            blocks |= {name: render(metrics) for name, render in renderers.items()}
+            new = {name: render(metrics) for name, render in renderers.items()}
+            default = "q1_metrics.json" if "q1" in file else "q2_metrics.json"
+            own = runs.get(default, metrics)
+            if "rows" not in metrics and metrics.get("code") != own.get("code"):
+                new = {name: f"{text}\n\n{OTHER_CODE}" for name, text in new.items()}
+            blocks |= new
         except (FileNotFoundError, NotADirectoryError):
             continue
         except Exception as error:  # the file may hold anything

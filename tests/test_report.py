@@ -180,6 +180,16 @@ def test_a_damaged_file_is_told_and_the_other_blocks_are_refreshed(
     assert str(path) in told[1]
 
 
+def test_a_run_of_other_code_is_told_apart(tmp_path):
+    (tmp_path / "figures" / "course").mkdir(parents=True)
+    for code in ("123", "older"):
+        runs = {"q2": Q2, "course/q2": Q2 | {"code": code}}
+        text = rendered(tmp_path, **runs)
+        assert report.OTHER_CODE not in block(text, "q2.match")
+        told = report.OTHER_CODE in block(text, "q2.course")
+        assert told == (code == "older")
+
+
 def test_a_block_lives_in_either_report_once(tmp_path, capsys):
     (tmp_path / "extras").mkdir()
     extras = tmp_path / "extras" / "report.md"
