@@ -104,21 +104,28 @@ def test_question_1s_block_has_the_runs_numbers(tmp_path):
     assert "1.5 minutes" in text
 
 
-def test_the_verdict_is_of_fresh_discriminators_over_each_part(tmp_path):
-    worse = MATCH | {"fresh_discriminator": 0.551, "mmd": 0.7}
-    worse["as_bad"] = MATCH["as_bad"] | {"mmd": 0.005}
-    text = block(rendered(tmp_path, q2=Q2 | {"informative_match": worse}), "q2.match")
-    assert "Over the 10 informative coordinates: **no**." in text
-    assert "Over all 100 coordinates: **nearly, not" in text
-    assert "at most 55% of cases" in text
-    name, all_of_them = "the 10 informative coordinates", "all 100 coordinates"
-    assert f"| MMD², {name} | 7.0e-01 | 4.0e-01 .. 6.0e-01 | 0.5% |" in text
-    eigenvalue = "0.500 | 0.400 .. 0.600 | 25.1% |"
-    assert f"| smallest eigenvalue, {all_of_them} | {eigenvalue}" in text
+def test_the_verdict_hangs_on_the_tests_of_the_informative_coordinates(tmp_path):
+    """Each verdict has its metrics; the appended coordinates change none."""
+    far = MATCH | {"fresh_discriminator": 0.551, "mmd": 0.7}
+    near = MATCH | {"fresh_discriminator": 0.549}
+    none_as_bad = MATCH | {"as_bad": MATCH["as_bad"] | {"mmd": 0.0}}
+    verdicts = {"no": far, "nearly, not exactly": near, "yes, as far": MATCH}
+    for verdict, match in (*verdicts.items(), ("nearly, not exactly", none_as_bad)):
+        run = Q2 | {"informative_match": match, "prior_match": far}
+        text = block(rendered(tmp_path, q2=run), "q2.match")
+        assert f"Over the 10 informative coordinates: **{verdict}" in text
+        assert "other 90 are independent draws" in text
+        assert "| < 0.5% |" in text or match is not none_as_bad
+    name = "the 10 informative coordinates"
+    text = block(rendered(tmp_path, q2=Q2 | {"informative_match": far}), "q2.match")
+    assert f"| MMD², {name} | 7.0e-01 | 4.0e-01 .. 6.0e-01 | 25.1% |" in text
+    assert f"| smallest eigenvalue, {name} | 0.500 | 0.400 .. 0.600 | 25.1% |" in text
     fresh = f"| fresh discriminator, {name} | 55.1% | 50.1%, 49.0%, 50.0% |  |"
     assert fresh in text
+    assert "| fresh discriminator, all 100 coordinates | 50.0% |  |  |" in text
     text = block(rendered(tmp_path, q2=Q2 | {"code_dim": 10}), "q2.match")
-    assert text.count("fresh discriminator, ") == text.count("Over ") == 1
+    assert text.count("fresh discriminator, ") == 1
+    assert "draws from the prior" not in text
 
 
 def test_question_2s_blocks_have_the_runs_numbers_or_say_why_not(tmp_path):
@@ -138,7 +145,7 @@ def test_question_2s_blocks_have_the_runs_numbers_or_say_why_not(tmp_path):
     text = rendered(tmp_path, q2=Q2 | UNLABELLED)
     assert "takes labels" in block(text, "q2.samples")
     assert "at most" not in block(text, "q2.neighbours")
-    assert block(text, "q2.summary").endswith("in 50.0% of cases.\n")
+    assert block(text, "q2.summary").endswith("in 50.0% of cases (chance: 50%).\n")
 
 
 def test_comparisons_show_the_scripts_own_runs_as_they_are_now(tmp_path, capsys):
@@ -178,6 +185,20 @@ def test_a_damaged_file_is_told_and_the_other_blocks_are_refreshed(
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 2  # the first of an empty folder
     assert str(path) in told[1]
+
+
+def test_the_summary_spans_the_seeds_of_todays_code(tmp_path):
+    row = Q2 | {"title": "a seed", "long": True, "epochs": 3, "data": "abc"}
+    row["informative_match"] = MATCH | {"fresh_discriminator": 0.52}
+    for code, told in {"123": "2 seeds: ", "older": "One seed: "}.items():
+        rows = {"seed-1": row | {"code": code}, "short": row | {"long": False}}
+        text = rendered(tmp_path, q2=Q2, q2_comparisons={"rows": rows})
+        assert block(text, "q2.summary").startswith(told)
+        in_range = "in 50.0% to 52.0% of cases" in block(text, "q2.summary")
+        assert in_range == (code == "123")
+        assert ("†: made by other" in block(text, "q2.seeds")) == (code == "older")
+        assert "| a seed (`short`) | 3 |" in block(text, "q2.computed")
+        assert "seed-1" not in block(text, "q2.computed")
 
 
 def test_a_run_of_other_code_is_told_apart(tmp_path):
