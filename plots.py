@@ -295,12 +295,12 @@ def q2_prior_match(
         )
         number = np.arange(1, codes.shape[1] + 1)
         mean, deviation = codes.mean(axis=0), codes.std(axis=0)
-        marks = {"ls": "", "ms": 3}
+        marks = {"ls": "", "ms": 4}
         coordinates.plot(number, deviation, "o", label="standard deviation", **marks)
-        coordinates.plot(number, noise, "s", label="of which noise", **marks)
+        coordinates.plot(number, noise, "s", mfc="none", label="its noise", **marks)
         coordinates.plot(number, mean, "^", color="black", label="mean", **marks)
         coordinates.set(title="each coordinate", xlabel="number of the coordinate")
-        coordinates.set_ylabel("$z_i$")
+        coordinates.set_ylabel("over the test codes")
 
         rank = np.arange(1, informative + 1)
         for (name, values), style in zip(spectra.items(), ("-", "k--"), strict=True):
