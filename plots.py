@@ -229,8 +229,7 @@ def q2_losses(
     with _figure(path, 1, 3, (10, 3.4)) as (figure, row):
         figure.suptitle(
             f"$L_D$ ends at {history['discriminator_loss'][-1]:.2f}; a discriminator "
-            "that can't tell codes from draws of the prior has "
-            f"{equilibrium['discriminator_loss']:.2f}",
+            f"that says 1/2 has {equilibrium['discriminator_loss']:.2f}",
             fontsize=11,
         )
         for axes, (name, (title, label)) in zip(row, names.items(), strict=True):
