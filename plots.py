@@ -331,21 +331,26 @@ def q2_frontier(
 
     Points are by name the accuracy of 5 nearest neighbours, 0..1, the Fréchet distance
     of samples, and whether the model was trained for as long as the default run. The
-    bound is the highest accuracy of codes that follow the prior exactly, 0..1.
+    bound is the conjectured highest accuracy of codes that follow the prior, 0..1.
     """
     with _figure(path, size=(8, max(4.0, 1 + 0.2 * len(points)))) as (_, axes):
         for number, (name, point) in enumerate(points.items(), start=1):
             accuracy, distance, is_long = point
             mark = {"marker": f"${number}$", "ms": 6 if number < 10 else 9, "mew": 0.3}
-            mark |= {"color": ACCENT, "label": name}
-            if not is_long:
-                mark |= {"color": INK, "label": f"{name} (short)"}
+            mark |= {"color": ACCENT if is_long else INK, "label": name}
             axes.plot(100 * accuracy, distance, ls="", **mark)
         if bound is not None:
             axes.axvline(100 * bound, color="black", ls=":")
-            text = " highest for codes that follow the prior exactly "
-            where = {"transform": axes.get_xaxis_transform(), "rotation": 90}
-            axes.text(100 * bound, 1, text, ha="left", va="top", fontsize=8, **where)
+            axes.annotate(
+                "conjectured bound for an exact match",
+                (100 * bound, 1),
+                xycoords=axes.get_xaxis_transform(),
+                xytext=(4, 0),
+                textcoords="offset points",
+                rotation=90,
+                va="top",
+                fontsize=8,
+            )
         axes.set_xlabel("digits named by 5 nearest neighbours in the code (%)")
         axes.set_ylabel("Fréchet distance of samples")
         axes.set_title("Neighbourhoods against samples: lower right is better")

@@ -371,6 +371,7 @@ def add_to_record(
         finished = row_settings(base, question, name).run_dir / "row.json"
         if finished.exists():
             rows[name] = read_json(finished)
+    rows = {name: rows[name] for name in ROWS[question] if name in rows} | rows
     write_json(path, {"rows": rows})
     draw(question, rows, base.figures)
     if base.updates_report:
