@@ -130,20 +130,22 @@ def test_a_row_of_question_2_is_trained_on_few_images_as_the_script_does(
     monkeypatch.setattr(q2, "EPOCHS", 1)
     monkeypatch.setattr(q2, "LEAST_STEPS", 24)  # four steps an epoch
     small = {"hidden": (48, 48), "discriminator_hidden": (48,)}
-    for name in ("vae", "no-skips"):
+    names = ["seed-1", "vae", "no-skips"]
+    for name in names:
         row = comparisons.Q2_ROWS[name]
         row = dataclasses.replace(row, recipe=row.recipe._replace(**small))
         monkeypatch.setitem(comparisons.Q2_ROWS, name, row)
     data = tiny_data / "data.npy"
-    given = arguments("q2", tmp_path, data, "vae,no-skips", "--batch-size", "105")
-    assert train(*given) == ["vae", "no-skips"]
+    given = arguments("q2", tmp_path, data, ",".join(names), "--batch-size", "105")
+    assert train(*given) == names
     rows = rows_of("q2", tmp_path)
-    vae, short = rows["vae"], rows["no-skips"]
-    assert (vae["epochs"], vae["long"], vae["code_dim"]) == (6, True, 10)
+    long, vae, short = [rows[name] for name in names]
+    assert (long["epochs"], long["long"], long["code_dim"]) == (6, True, 100)
+    assert (vae["epochs"], vae["long"], vae["code_dim"]) == (2, False, 10)
     assert (short["epochs"], short["long"]) == (2, False)
     assert vae["loss_discriminator"] is None
     assert short["loss_discriminator"] > 0
-    assert augmented.count(105) == 4 * (vae["epochs"] + short["epochs"])
+    assert augmented.count(105) == 4 * (6 + 2 + 2)
     assert short["made_by"]["recipe"]["decoder_skips"] is False
     for row in rows.values():
         assert row["informative_dimensions"] == 10
@@ -151,7 +153,7 @@ def test_a_row_of_question_2_is_trained_on_few_images_as_the_script_does(
         assert row["frechet_distance"] > 0
         assert {"versions", "commit", "seed", "code", "data"} <= row.keys()
     folder = tmp_path / "runs" / "comparisons" / "q2"
-    assert len(list(folder.glob("*/row.json"))) == 2
+    assert len(list(folder.glob("*/row.json"))) == 3
     assert not list(folder.glob("*/checkpoint.npz"))
     figure = matplotlib.image.imread(tmp_path / "figures" / "q2_frontier.png")
     assert figure.std() > 0.02
