@@ -138,12 +138,22 @@ OF_SEEDS = [
     *("test MSE", "L_recons, mean over images", "L_D", "Fréchet", "clear digits"),
     *("5-NN", "fresh D", "MMD²"),
 ]
+# Where a run has what these measures say of draws from the prior.
+ON_DRAWS = {
+    "fresh D": "fresh_discriminator_on_draws",
+    "MMD²": "informative_match.draws.mmd",
+}
 
 
 def measured(run: Metrics, name: str) -> float | None:
     """Return a number of a run, None where it is null or missing."""
+    return at(run, MEASURES[name][0])
+
+
+def at(run: Metrics, place: str) -> Any:
+    """Return what stands at a place such as "knn_accuracy.code", None if nothing."""
     value: Any = run
-    for key in MEASURES[name][0].split("."):
+    for key in place.split("."):
         if value is None:
             return None
         value = value.get(key)
@@ -161,15 +171,21 @@ def of_seeds(metrics: Metrics) -> list[Metrics]:
     return [rows[name] for name in ("default", "seed-1", "seed-2") if name in rows]
 
 
+def ends(name: str, values: Sequence[float]) -> tuple[str, str]:
+    """Return the least and the largest value of a measure, as tables show them."""
+    return cell(name, min(values)), cell(name, max(values))
+
+
 def q2_summary(runs: Sequence[Metrics]) -> str:
     """Return the results of runs of the default in a sentence."""
 
     def span(name: str) -> str:
         """Return a number's range over the runs."""
-        values = [measured(run, name) for run in runs]
-        least, most = cell(name, min(values)), cell(name, max(values))
+        least, most = ends(name, [measured(run, name) for run in runs])
         return least if least == most else f"{least} to {most}"
 
+    if not runs:
+        return "There is no run of the default here."
     seeds = "One seed" if len(runs) == 1 else f"{len(runs)} seeds"
     text = (
         f"{seeds}: a newly trained discriminator tells the computed numbers from draws "
@@ -196,10 +212,8 @@ def q2_match(metrics: Metrics) -> str:
     """Return how the codes match the prior, beside true draws."""
     informative, size = metrics["informative_dimensions"], metrics["code_dim"]
     where = f"the {informative} informative coordinates"
-    match, on_draws = (
-        metrics["informative_match"],
-        metrics["fresh_discriminator_on_draws"],
-    )
+    match = metrics["informative_match"]
+    on_draws = metrics["fresh_discriminator_on_draws"]
     rows = [match_row(key, where, match) for key in MATCH]
     accuracy = match["fresh_discriminator"]
     yardstick = ", ".join(f"{each:.1%}" for each in on_draws)
@@ -296,21 +310,12 @@ def q2_seeds(metrics: Metrics) -> str:
             continue
         shown = [cell(name, value) for value in values]
         mean = cell(name, sum(values) / len(values))
-        rows.append((name, *shown, mean, value_range(name, values)))
-        if name in ("fresh D", "MMD²"):
-            of_draws = {
-                "fresh D": runs[0]["fresh_discriminator_on_draws"],
-                "MMD²": runs[0]["informative_match"]["draws"]["mmd"],
-            }
-            span = value_range(name, of_draws[name])
+        rows.append((name, *shown, mean, " .. ".join(ends(name, values))))
+        if name in ON_DRAWS:
+            span = " .. ".join(ends(name, at(runs[0], ON_DRAWS[name])))
             rows.append((f"{name} of true draws", *[""] * len(runs), "", span))
     seeds = [f"seed {run['seed']}{run['mark']}" for run in runs]
     return with_legend(markdown_table(["measure", *seeds, "mean", "range"], rows))
-
-
-def value_range(name: str, values: Sequence[float]) -> str:
-    """Return the least and the largest of a measure's values."""
-    return f"{cell(name, min(values))} .. {cell(name, max(values))}"
 
 
 def q2_rows(metrics: Metrics, names: Collection[str], columns: Sequence[str]) -> str:
@@ -435,7 +440,7 @@ def update(figures: Path = Path("figures"), report: Path = Path("report.md")) ->
     """
     problems, blocks, runs = [], {}, {}
     for file, renderers in BLOCKS.items():
-        path, question = figures / file, file[:2]
+        path, question = figures / file, "q1" if "q1" in file else "q2"
         try:
             metrics = runs[file] = read_json(path)
             if "rows" in metrics:
@@ -445,8 +450,7 @@ def update(figures: Path = Path("figures"), report: Path = Path("report.md")) ->
                         problems.append(f"{path}: row {name} is left out: old layout")
                         del metrics["rows"][name]
             new = {name: render(metrics) for name, render in renderers.items()}
-            default = "q1_metrics.json" if "q1" in file else "q2_metrics.json"
-            own = runs.get(default, metrics)
+            own = runs.get(f"{question}_metrics.json", metrics)
             if "rows" not in metrics and metrics.get("code") != own.get("code"):
                 new = {name: f"{text}\n\n{OTHER_CODE}" for name, text in new.items()}
             blocks |= new

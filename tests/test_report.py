@@ -65,7 +65,8 @@ def rendered(folder, text="", **metrics):
     for name, content in metrics.items():
         path = folder / "figures" / f"{name}_metrics.json"
         path.write_text(json.dumps(content), encoding="utf-8")
-    names = [name for blocks in report.BLOCKS.values() for name in blocks]
+    # A block that two files fill stands there once.
+    names = dict.fromkeys(name for blocks in report.BLOCKS.values() for name in blocks)
     for name in () if text else names:
         text += f"<!-- begin {name} -->\n<!-- end {name} -->\n"
     path = folder / "report.md"
@@ -199,6 +200,14 @@ def test_the_summary_spans_the_seeds_of_todays_code(tmp_path):
         assert ("†: made by other" in block(text, "q2.seeds")) == (code == "older")
         assert "| a seed (`short`) | 3 |" in block(text, "q2.computed")
         assert "seed-1" not in block(text, "q2.computed")
+
+
+def test_rows_are_shown_where_there_is_no_run_of_the_default(tmp_path, capsys):
+    row = Q2 | {"title": "a short one", "long": False, "epochs": 3, "data": "abc"}
+    text = rendered(tmp_path, q2_comparisons={"rows": {"short": row}})
+    assert "no run of the default" in block(text, "q2.summary")
+    assert "| a short one (`short`) | 3 |" in block(text, "q2.ablation")
+    assert capsys.readouterr().err == ""
 
 
 def test_a_run_of_other_code_is_told_apart(tmp_path):
